@@ -1,0 +1,125 @@
+"""Solving dx/dt = v(t, x) with Diffrax: from the source (t = 0) to the data (t = 1), or back.
+
+Solvers, step-size controllers and adjoints are Diffrax's own objects. A solve either takes
+`num_steps` equal steps or is adaptive; by default `PIDController(rtol=1e-5, atol=1e-5)`. A batch
+shares one adaptive step, its error measured over the whole batch.
+
+`num_evaluations` is the true cost: every call of the velocity, those of rejected steps included.
+"""
+
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+
+from ._solve import solve
+from .types import Velocity
+
+
+class Trajectory(NamedTuple):
+    """A solved ODE.
+
+    Attributes:
+      t: the times, `[num_times]`.
+      x: the states at those times, `[num_times, batch, *event]`.
+      num_evaluations: calls of the velocity that the solve made, `[]`, int32.
+    """
+
+    t: jax.Array
+    x: jax.Array
+    num_evaluations: jax.Array
+
+
+def integrate(
+    velocity: Velocity,
+    x0: jax.Array,
+    *,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    ts: jax.Array | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008 (it holds no state)
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    num_steps: int | None = None,
+    max_steps: int = 4096,
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+) -> Trajectory:
+    """Solves dx/dt = velocity(t, x) from x(t0) = `x0` to `t1`; `t1 < t0` solves backwards.
+
+    Args:
+      velocity: `(t, x) -> u`, with `t` of shape `[]`.
+      x0: the state at `t0`, `[batch, *event]`. The solve runs in its dtype, in float32 at least.
+      t0: start.
+      t1: end.
+      ts: times at which the state is wanted, `[num_times]`, in order from `t0` to `t1`; between
+        steps it is interpolated by the solver's own rule. Without it, `t1` alone.
+      solver: `diffrax.Euler()`, `Tsit5()` or any other explicit Runge-Kutta method of Diffrax.
+      stepsize_controller: an adaptive controller, or `StepTo` for a grid of one's own.
+      num_steps: that many equal steps; excludes `stepsize_controller`.
+      max_steps: an adaptive solve that needs more steps, rejected ones included, fails.
+      adjoint: how gradients are taken, `diffrax.DirectAdjoint()` for forward mode, for example.
+
+    Returns:
+      `Trajectory(t, x, num_evaluations)`, `x` of shape `[num_times, batch, *event]` in the dtype of
+      `x0`; `num_times` is 1 without `ts`.
+
+    Raises:
+      ValueError: `num_steps` together with a controller; `num_steps < 1`; neither with a solver
+        that has no error estimate; a solver whose evaluations are not known; bad `ts`.
+      RuntimeError: by the solve, if `max_steps` were taken or the state or the velocity is not
+        finite; it says at which time.
+
+    Example:
+      >>> integrate(lambda t, x: -x, jnp.ones((1, 2)), solver=diffrax.Heun(), num_steps=10).x.shape
+      (1, 1, 2)
+    """
+    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    t, x, num_evaluations = solve(
+        lambda t, x: velocity(t, x).astype(dtype),
+        x0.astype(dtype),
+        t0=t0,
+        t1=t1,
+        ts=ts,
+        solver=solver,
+        stepsize_controller=stepsize_controller,
+        num_steps=num_steps,
+        max_steps=max_steps,
+        adjoint=adjoint,
+    )
+    return Trajectory(t, x.astype(x0.dtype), num_evaluations)
+
+
+def sample(
+    velocity: Velocity,
+    x0: jax.Array,
+    *,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    num_steps: int | None = None,
+    max_steps: int = 4096,
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+) -> jax.Array:
+    """The end point of `integrate`: samples x(t1) from source samples x(t0) = `x0`.
+
+    Arguments and errors are those of `integrate`.
+
+    Returns:
+      `[batch, *event]`, in the dtype of `x0`.
+
+    Example:
+      >>> x0 = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> x1 = sample(lambda t, x: -x, x0, solver=diffrax.Euler(), num_steps=100)
+    """
+    return integrate(
+        velocity,
+        x0,
+        t0=t0,
+        t1=t1,
+        solver=solver,
+        stepsize_controller=stepsize_controller,
+        num_steps=num_steps,
+        max_steps=max_steps,
+        adjoint=adjoint,
+    ).x[-1]
