@@ -1,0 +1,210 @@
+"""One training step: gradient, optimiser, running average. It knows no path and no model.
+
+At step n, with parameters p_n, a batch B and the key k_n = fold_in(key, n):
+
+    g_n     = d/dp loss(p_n, k_n, B)
+    p_{n+1} = p_n + tx(g_n)                              (any Optax transformation)
+    e_{n+1} = d_n e_n + (1 - d_n) p_{n+1},   e_0 = p_0   (exponential moving average, EMA)
+    d_n     = min(ema_decay, (1 + n) / (10 + n))         (warmed, unless a schedule is given)
+
+Since k_n depends on the key and the step alone, the state holds nothing random: a restored run
+draws what the run that never stopped would have drawn.
+
+Data parallelism asks for the mean over the global batch. Under `jax.jit` with shardings it is the
+loss's own mean. Under `pmap`, `vmap` or `shard_map` with an axis name each of D replicas holds
+B / D examples, and loss and gradients are averaged over the replicas: a mean of equal-sized means
+is the mean.
+
+Nothing here is jitted; see `fmjax.sharding` for one device or many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+    """All that a run needs in order to go on.
+
+    Attributes:
+      step: steps done so far, int32 `[]`.
+      params: parameters, any pytree of floating-point arrays.
+      ema_params: their exponential moving average, the same pytree.
+      opt_state: the state of the Optax transformation.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """What one step reports: float32 scalars `[]` on the device.
+
+    Attributes:
+      loss: the loss at the parameters before the update, over the global batch.
+      gradient_norm: global L2 norm of the gradient, before any clipping in `tx`.
+      learning_rate: the rate of this very step, as `optax.inject_hyperparams` recorded it; NaN
+        where `tx` records none, or more than one.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+
+
+class LossFn(Protocol):
+    """`loss_fn(params, key, batch) -> loss`, a scalar: the mean over the examples of `batch`."""
+
+    def __call__(self, params: Any, key: jax.Array, batch: Any, /) -> jax.Array: ...
+
+
+TrainStep = Callable[[TrainState, jax.Array, Any], tuple[TrainState, Metrics]]
+
+
+def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step: step 0, EMA equal to the parameters.
+
+    Args:
+      params: pytree of floating-point arrays.
+      tx: an Optax transformation, the one that `make_train_step` is given.
+
+    Returns:
+      A `TrainState`. For a mesh, call it under
+      `jax.jit(..., out_shardings=sharding.replicated(mesh))`.
+
+    Example:
+      >>> state = init_train_state({"w": jnp.zeros(2)}, adam(1e-3))
+      >>> int(state.step)
+      0
+    """
+    # A copy: were it an alias, a donated state would hold one buffer twice, which XLA refuses.
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    ema_decay: float | optax.Schedule = 0.9999,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Builds `train_step(state, key, batch) -> (state, metrics)`, a pure function to jit.
+
+    The key is the run's, the same at every step: the step folds `state.step` into it. The state
+    may be donated. The equations stand in the module's docstring; a NaN in the loss is kept, not
+    hidden, and is the caller's to notice in the metrics.
+
+    Args:
+      loss_fn: `loss_fn(params, key, batch) -> scalar`, a mean over the batch.
+      tx: an Optax transformation; `adam` below is one that also reports its rate.
+      ema_decay: a float in [0, 1], warmed as min(ema_decay, (1 + n) / (10 + n)) with n the steps
+        done before this one, so that the first update weighs the new parameters by 0.9; or a
+        schedule `n -> decay`, used as it is (`optax.constant_schedule(0.999)`: no warm-up).
+      axis_name: the name of the mapped axis where the step runs under `jax.pmap`, `jax.vmap` or
+        `jax.shard_map`; None under `jax.jit` alone. With a name, each replica folds its index on
+        that axis into the key, and gradients and loss are averaged over the axis.
+
+    Returns:
+      The step. Its metrics are `Metrics(loss, gradient_norm, learning_rate)`.
+
+    Raises:
+      ValueError: if a float `ema_decay` lies outside [0, 1].
+
+    Example:
+      >>> def loss_fn(params, key, x):
+      ...     return jnp.mean((x - params["w"]) ** 2)
+      >>> tx = adam(1e-3)
+      >>> step = jax.jit(make_train_step(loss_fn, tx), donate_argnums=0)
+      >>> state = init_train_state({"w": jnp.zeros(())}, tx)
+      >>> state, metrics = step(state, jax.random.key(0), jnp.ones(8))
+      >>> float(metrics.loss)
+      1.0
+    """
+    ema_weight = _ema_weight(ema_decay)
+
+    def mean(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+    def global_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+        return mean(loss_fn(params, key, batch))
+
+    def train_step(state: TrainState, key: jax.Array, batch: Any) -> tuple[TrainState, Metrics]:
+        key_step = jax.random.fold_in(key, state.step)
+        if axis_name is not None:
+            key_step = jax.random.fold_in(key_step, jax.lax.axis_index(axis_name))
+        # The mean stands inside and outside: shard_map's gradient of replicated parameters is a
+        # sum over the axis already, pmap's and vmap's is each replica's own. This is right for all.
+        loss, gradients = jax.value_and_grad(global_loss)(state.params, key_step, batch)
+        gradients = mean(gradients)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, ema_weight(state.step))
+        # A schedule's float32 decay would turn a bfloat16 average into a float32 one.
+        ema_params = optax.tree.cast_like(ema_params, state.ema_params)
+        # Optax records in the new state the rate that it has just used.
+        values = (loss, optax.tree.norm(gradients), _learning_rate(opt_state))
+        metrics = Metrics(*(jnp.asarray(value, jnp.float32) for value in values))
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    return train_step
+
+
+def adam(
+    learning_rate: float, *, warmup_steps: int = 0, clip_norm: float | None = None
+) -> optax.GradientTransformation:
+    """Adam with a linear warm-up and clipping, whose learning rate the metrics show.
+
+    The rate of step n is learning_rate * min(n / warmup_steps, 1): zero at the first step of a
+    warm-up. It is computed from the step at every step, so a restored run follows the rate that it
+    is given, not the one in the checkpoint.
+
+    Args:
+      learning_rate: the rate after the warm-up.
+      warmup_steps: steps from zero to `learning_rate`; 0 for a constant rate.
+      clip_norm: the largest global L2 norm that a gradient keeps; None for no clipping.
+
+    Returns:
+      An Optax transformation with Adam's default decays (0.9, 0.999).
+
+    Example:
+      >>> tx = adam(2e-4, warmup_steps=5000, clip_norm=1.0)
+    """
+    # optax.linear_schedule over zero steps would stay at its first value, zero.
+    schedule = (
+        optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        if warmup_steps
+        else optax.constant_schedule(learning_rate)
+    )
+    # Static decays are kept out of the state, hence out of the checkpoints.
+    inject = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    return optax.chain(clip, inject(learning_rate=schedule))
+
+
+def _ema_weight(ema_decay: float | optax.Schedule) -> Callable[[jax.Array], jax.typing.ArrayLike]:
+    """1 - d_n as a function of n: the weight of the new parameters in the average."""
+    if callable(ema_decay):
+        return lambda step: 1.0 - ema_decay(step)
+    if not 0.0 <= ema_decay <= 1.0:
+        raise ValueError(
+            f"ema_decay must lie in [0, 1]; got {ema_decay}. Slow averages stand close to 1, as "
+            "0.9999 does."
+        )
+    # 1 - min(d, (1 + n) / (10 + n)), without float32's cancellation near d = 1.
+    return lambda step: jnp.maximum(1.0 - ema_decay, 9.0 / (10.0 + step))
+
+
+def _learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
+    # The name is also a key of the schedules' states and may be a parameter's: the path tells.
+    rates = optax.tree.get_all_with_path(
+        opt_state,
+        "learning_rate",
+        filtering=lambda path, _: getattr(path[-2], "name", "") == "hyperparams",
+    )
+    return rates[0][1] if len(rates) == 1 else jnp.nan
