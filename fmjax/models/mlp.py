@@ -1,0 +1,99 @@
+"""A multilayer perceptron over vectors, conditioned on time and perhaps on a class.
+
+    h_1 = act(W_1 x + V embedding(t) + E[label] + b_1),  h_n = act(W_n h_{n-1} + b_n),
+    u = W h_N + b
+
+Time enters through sines and cosines, as in Ho et al. (2020, arXiv 2006.11239), at angular
+frequencies from 1 to 30 per unit of t. They tell hundredths of [0, 1] apart and leave the velocity
+smooth in t; frequencies up to 1000 fitted a toy no better, and cost Tsit5 seven times the steps.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fmjax.models.layers import Dtypes, class_indices, time_embedding
+from fmjax.types import broadcast_time
+
+
+class MLP(nn.Module):
+    """A velocity over vectors: `model.apply(params, t, x, labels=None) -> u`.
+
+    The activation should have continuous second derivatives, as SiLU, GELU and tanh have: the
+    divergence in a log-density holds the activation's derivative, and where that has a kink an
+    adaptive solver takes many times the steps.
+
+    Attributes:
+      features: widths of the hidden layers, at least one.
+      activation: of the hidden layers.
+      num_classes: None, or the number of classes; index num_classes is the null class, "no
+        label", which a model trained for guidance sees instead of a dropped label.
+      time_features: size of the embedding of time.
+      dropout: the rate after every hidden layer.
+      dtype: of the computation; None means the wider of x's and the parameters'.
+      param_dtype: of the parameters.
+
+    Example:
+      >>> model = MLP(features=(64, 64))
+      >>> params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 2)))
+      >>> model.apply(params, jnp.array(0.5), jnp.zeros((8, 2))).shape
+      (8, 2)
+    """
+
+    features: Sequence[int] = (128, 128, 128)
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
+    num_classes: int | None = None
+    time_features: int = 64
+    dropout: float = 0.0
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        t: jax.Array,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """The velocity at time t and place x.
+
+        Args:
+          t: times in [0, 1], `[]` or `[batch]`.
+          x: `[batch, dim]`, floating.
+          labels: integers in 0..num_classes, `[batch]`; None means the null class for all.
+          deterministic: False turns dropout on, and wants `rngs={"dropout": key}`.
+
+        Returns:
+          `[batch, dim]`, in the dtype of x. NaN where a traced label is out of range.
+
+        Raises:
+          ValueError: x, t or labels of a wrong shape or dtype; labels without num_classes; a
+            concrete label out of range; no hidden layer.
+        """
+        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating) or not self.features:
+            raise ValueError(
+                "MLP takes floating vectors [batch, dim] and has at least one hidden layer; got "
+                f"x {x.dtype} {x.shape} and features={tuple(self.features)}. A single vector "
+                "needs x[None], and an image x.reshape(batch, -1) or models.UNet."
+            )
+        dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
+        dtypes = Dtypes(dtype=dtype, param_dtype=self.param_dtype)
+        t = broadcast_time(t, x).reshape(-1)
+        emb = time_embedding(t, self.time_features, highest=30.0, lowest=1.0).astype(dtype)
+        # Apart from x, so that a scalar time is multiplied once and a Jacobian skips it.
+        emb = nn.Dense(self.features[0], use_bias=False, name="time", **dtypes)(emb)
+        indices = class_indices(labels, x.shape[0], self.num_classes)
+        if self.num_classes is not None and indices is not None:
+            table = nn.Embed(self.num_classes + 1, self.features[0], name="label", **dtypes)
+            emb = emb + table(indices)
+        h = x
+        for layer, width in enumerate(self.features):
+            h = nn.Dense(width, **dtypes)(h)
+            h = self.activation(h + emb if layer == 0 else h)
+            h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        return nn.Dense(x.shape[-1], **dtypes)(h).astype(x.dtype)

@@ -1,0 +1,337 @@
+"""The networks: one conformance suite over all of them, and what each promises by itself.
+
+The suite runs in float64, where finite differences are exact to many digits, and on parameters
+that are all random: a fresh U-Net is the zero velocity and would pass anything.
+"""
+
+import functools
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import models
+from fmjax.models import layers
+
+# Unoptimised code compiles in half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+TINY = functools.partial(
+    models.UNet, channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=()
+)
+MODELS = {
+    "mlp": (models.MLP(features=(16, 16)), (5,)),
+    "mlp_classes": (models.MLP(features=(16,), activation=nn.gelu, num_classes=3), (2,)),
+    "unet": (
+        TINY(channel_multipliers=(1, 2), attention_resolutions=(4,), num_heads=2),
+        (8, 8, 3),
+    ),
+    "unet_pool_scale_shift": (
+        TINY(channel_multipliers=(2, 1), conv_resample=False, scale_shift_norm=True, dropout=0.1),
+        (4, 4, 1),
+    ),
+    "unet_classes": (TINY(head_channels=4, num_classes=3), (4, 2, 2)),
+}
+UNET, MLP = TINY(num_res_blocks=0, num_classes=3), models.MLP(features=(16, 16), num_classes=3)
+TWO_LEVELS = TINY(channel_multipliers=(1, 2))
+NETWORKS = {"mlp": (MLP, (2,)), "unet": (UNET, (4, 4, 3))}
+BATCH = 3
+
+
+def random_params(model, event, dtype=jnp.float32):
+    """Every parameter random, those that start at zero included."""
+    inputs = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((1, *event), dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        scale = 0.3 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5
+        return jnp.asarray(rng.normal(float(len(shape) == 1), scale, shape), dtype)
+
+    return jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
+
+
+def data(event, dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(BATCH, *event)), dtype), jnp.asarray([0, 2, 1])
+
+
+@functools.cache
+def build(name):
+    """(apply, jvp, t, x): u = apply(t, x), and (u, du) = jvp(t, x, dt, dx), compiled once."""
+    model, event = MODELS[name]
+    model = model.clone(param_dtype=jnp.float64)
+    params = random_params(model, event, jnp.float64)
+    x, labels = data(event, jnp.float64)
+    labels = None if model.num_classes is None else labels
+    apply = functools.partial(model.apply, params, labels=labels)
+    jvp = jit(lambda t, x, dt, dx: jax.jvp(apply, (t, x), (dt, dx)))
+    return apply, jvp, jnp.asarray([0.13, 0.5, 0.88]), x
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def name(request):
+    """A network's tests run one after another, so that one process compiles it once."""
+    return request.param
+
+
+@pytest.fixture
+def case(name):
+    with jax.enable_x64(True):
+        yield build(name)
+
+
+def relative(a, b):
+    """Distance of two arrays, relative to the second's size."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def test_derivatives_in_t_and_x_match_finite_differences(case):
+    _, jvp, t, x = case
+    rng = np.random.default_rng(2)
+    dt, dx = jnp.asarray(rng.normal(size=t.shape)), jnp.asarray(rng.normal(size=x.shape))
+    # The softmax is float32 even here, hence no smaller steps; t turns 1000 times faster than x.
+    for eps, dt_, dx_ in ((1e-5, dt, 0 * dx), (1e-3, 0 * dt, dx)):
+        u, du = jvp(t, x, dt_, dx_)
+        ahead, _ = jvp(t + eps * dt_, x + eps * dx_, dt_, dx_)
+        behind, _ = jvp(t - eps * dt_, x - eps * dx_, dt_, dx_)
+        assert relative(du, (ahead - behind) / (2 * eps)) < 1e-3
+        assert np.linalg.norm(du) > 1e-2 * np.linalg.norm(u)
+
+
+def test_examples_do_not_influence_each_other(case):
+    _, jvp, t, x = case
+    one, dx = jnp.zeros(BATCH).at[1].set(1.0), jnp.zeros_like(x).at[1].set(1.0)
+    u, du = jvp(t, x, one, dx)
+    moved, _ = jvp(t + 0.1 * one, x + dx, one, dx)
+    np.testing.assert_array_equal(moved[::2], u[::2])
+    np.testing.assert_array_equal(du[::2], 0.0)
+    assert relative(moved[1], u[1]) > 1e-2
+    assert np.linalg.norm(du[1]) > 1e-2
+
+
+def test_one_time_for_all_equals_a_time_each(case):
+    apply, jvp, t, x = case
+    each, _ = jvp(t, x, t, x)
+    for_all = jit(apply)
+    # The float32 softmax rounds differently in two programs.
+    for i in range(BATCH):
+        np.testing.assert_allclose(for_all(t[i], x)[i], each[i], atol=1e-5)
+    assert relative(for_all(t[0], x), each) > 1e-2
+
+
+def test_times_a_hundredth_apart_are_told_apart(case):
+    _, jvp, t, x = case
+    u, _ = jvp(jnp.full_like(t, 0.5), x, t, x)
+    later, _ = jvp(jnp.full_like(t, 0.51), x, t, x)
+    assert relative(later, u) > 1e-2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_jit_equals_eager(name):
+    model, event = NETWORKS[name]
+    params, (x, labels) = random_params(model, event), data(event)
+    u = jit(model.apply)(params, 0.5, x, labels)
+    np.testing.assert_allclose(u, model.apply(params, 0.5, x, labels), atol=1e-4)
+
+
+def test_time_embedding_is_the_cited_one():
+    t = jnp.asarray([0.0, 0.25, 1.0])
+    k = np.arange(4)
+    angles = np.asarray(t)[:, None] * 1000.0 * np.exp(-np.log(10_000) * k / 4)[None]
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], -1)
+    got = layers.time_embedding(t, 8, highest=1000.0, lowest=0.1)
+    # float32 holds an angle of 1000 to 6e-5.
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+    assert layers.time_embedding(t.astype(jnp.bfloat16), 8, highest=30.0, lowest=1.0).dtype == (
+        jnp.float32
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compute_dtype_is_apart_from_parameters_and_output(name):
+    model, event = NETWORKS[name]
+    params, (x, labels) = random_params(model, event), data(event)
+    half = model.clone(dtype=jnp.bfloat16)
+    u = jit(model.apply)(params, 0.5, x, labels)
+    u_half = jit(half.apply)(params, 0.5, x, labels)
+    # bfloat16 rounds to 2^-9 = 0.2 % at every layer, and some ten layers follow each other.
+    assert 1e-4 < relative(u_half, u) < 3e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_keeps_its_dtype(name):
+    model, event = MODELS[name]
+    x, t = data(event)[0], jnp.zeros(())
+    for dtype, inputs in ((jnp.bfloat16, jnp.float32), (None, jnp.bfloat16), (None, jnp.float16)):
+        run = functools.partial(
+            model.clone(dtype=dtype).init_with_output, capture_intermediates=True
+        )
+        u, state = jax.eval_shape(run, jax.random.key(0), t, x.astype(inputs))
+        assert u.dtype == inputs
+        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
+        layers_out = {
+            name: dtypes
+            for name, dtypes in state["intermediates"].items()
+            if name not in ("__call__", "Output_0")  # these two are as wide as x
+        }
+        inner = {leaf.dtype for leaf in jax.tree.leaves(layers_out)}
+        assert inner == {jnp.dtype(dtype or jnp.float32)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dropout_acts_only_when_asked_and_repeats_from_its_key(name):
+    model, event = NETWORKS[name]
+    params, (x, _) = random_params(model, event), data(event)
+    x = jnp.broadcast_to(x[:1], x.shape)
+    apply = functools.partial(model.clone(dropout=0.5).apply, params, 0.5)
+    drop = jit(lambda key: apply(x, deterministic=False, rngs={"dropout": key}))
+    first = drop(jax.random.key(1))
+    np.testing.assert_array_equal(first, drop(jax.random.key(1)))
+    assert relative(first, drop(jax.random.key(2))) > 1e-2
+    assert relative(first[0], first[1]) > 1e-2
+    without = functools.partial(model.apply, params, 0.5)
+    assert str(jax.make_jaxpr(apply)(x)) == str(jax.make_jaxpr(without)(x))
+    with pytest.raises(flax.errors.InvalidRngError):
+        jax.eval_shape(functools.partial(apply, deterministic=False), x)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_labels_select_a_class_each_and_none_is_the_null_class(name):
+    model, event = NETWORKS[name]
+    params, (x, _) = random_params(model, event), data(event)
+    x = jnp.broadcast_to(x[:1], x.shape)
+    apply = jit(functools.partial(model.apply, params, 0.5, x))
+    u = apply(jnp.asarray([0, 1, 3]))
+    np.testing.assert_allclose(u[2], apply(None)[2], atol=1e-5)
+    assert min(relative(u[0], u[1]), relative(u[0], u[2]), relative(u[1], u[2])) > 1e-2
+    # Traced and out of range: NaN for that example, and for it alone.
+    loud = apply(jnp.asarray([0, 4, -1]))
+    assert np.isnan(loud[1:]).all()
+    np.testing.assert_array_equal(loud[0], u[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "labels", "message"),
+    [
+        (MLP, (3, 8, 8, 1), None, r"floating vectors \[batch, dim\]"),
+        (models.MLP(features=()), (3, 2), None, "at least one hidden layer"),
+        (UNET, (3, 8, 8), None, r"floating images .* x\[\.\.\., None\]"),
+        (TWO_LEVELS, (3, 8, 7, 3), None, r"divisible by 2.*got x \(3, 8, 7, 3\)"),
+        (TWO_LEVELS, (3, 7, 8, 3), None, r"divisible by 2.*got x \(3, 7, 8, 3\)"),
+        (TINY(num_heads=3), (3, 8, 8, 3), None, "num_heads; got 8 channels and num_heads=3"),
+        (TINY(head_channels=5), (3, 8, 8, 3), None, "head_channels=5"),
+        (TINY(), (3, 8, 8, 3), [0, 1, 2], "num_classes=None"),
+        (models.MLP(), (3, 2), [0, 1, 2], "num_classes=None"),
+        (UNET, (3, 8, 8, 3), [0, 1], r"\[batch\] = \(3,\); got int32 \(2,\)"),
+        (MLP, (3, 2), [[0], [1], [2]], r"got int32 \(3, 1\)"),
+        (MLP, (3, 2), 1, r"got int32 \(\)"),
+        (MLP, (3, 2), [0.0, 1.0, 2.0], "got float32"),
+        (MLP, (3, 2), [0, 4, 1], r"0\.\.3, 3 being the null class; got labels from 0 to 4"),
+        (UNET, (3, 8, 8, 3), [0, -1, 1], "got labels from -1 to 1"),
+    ],
+)
+def test_errors_name_the_rule_and_what_was_got(model, shape, labels, message):
+    labels = None if labels is None else jnp.asarray(labels)
+    init = functools.partial(model.init, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros(()), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_times_of_a_wrong_shape_and_integer_inputs_are_refused(name):
+    model, event = NETWORKS[name]
+    init, x = functools.partial(jax.eval_shape, model.init, jax.random.key(0)), data(event)[0]
+    for t in (jnp.zeros((BATCH, 1)), jnp.zeros(1), jnp.zeros(BATCH + 1)):
+        with pytest.raises(ValueError, match="t must have the shape"):
+            init(t, x)
+    with pytest.raises(ValueError, match="floating"):
+        init(jnp.zeros(()), x.astype(jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("model", "event", "count"),
+    [
+        (models.cifar10_unet(), (32, 32, 3), 35_746_307),
+        (models.cifar10_unet_large(), (32, 32, 3), 55_676_419),
+        (models.cifar10_unet().clone(num_classes=10), (32, 32, 3), 35_746_307 + 11 * 512),
+        (models.MLP(features=(7, 5), time_features=6), (3,), (6 + 3 + 1) * 7 + 8 * 5 + 6 * 3),
+    ],
+)
+def test_parameter_counts_to_the_unit(model, event, count):
+    x = jnp.zeros((1, *event))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(()), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize("heights", [(8,), (4,), (8, 4), (16,)])
+def test_attention_stands_at_the_asked_resolutions(heights):
+    x = jnp.zeros((1, 8, 4, 1))
+
+    def count(heights):
+        model = TINY(channel_multipliers=(1, 2), attention_resolutions=heights)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(()), x)
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    # One block on the way down and two on the way up; normalisation, qkv and projection each.
+    channels = {8: 8, 4: 16, 16: 0}
+    expected = sum(
+        3 * (2 * c + 3 * c * (c + 1) + c * (c + 1)) for c in (channels[h] for h in heights)
+    )
+    assert count(heights) - count(()) == expected
+
+
+def test_fresh_blocks_are_the_identity_and_a_fresh_output_zero():
+    x, emb = jnp.ones((2, 2, 2, 8)).at[0, 0].set(3.0), jnp.ones((1, 16))
+    dtypes = layers.Dtypes(dtype=jnp.float32, param_dtype=jnp.float32)
+    cases = (
+        (layers.ResBlock(8, 0.0, True, **dtypes), (x, emb, True), x),
+        (layers.Attention(2, **dtypes), (x,), x),
+        (layers.Output(3, **dtypes), (x, jnp.float32), 0 * x[..., :3]),
+    )
+
+    @jit
+    def run(key):
+        fresh = [layer.init_with_output(key, *inputs) for layer, inputs, _ in cases]
+        shifted = [jax.tree.map(lambda leaf: leaf + 0.1, params) for _, params in fresh]
+        moved = [c[0].apply(p, *c[1]) for c, p in zip(cases, shifted, strict=True)]
+        return [u for u, _ in fresh], moved
+
+    for (_, _, expected), u, moved in zip(cases, *run(jax.random.key(0)), strict=True):
+        np.testing.assert_array_equal(u, expected)
+        assert np.abs(moved - expected).max() > 1e-2
+
+
+def test_groups_divide_the_channels_and_are_never_single_channels():
+    assert [layers.num_groups(c) for c in (3, 8, 32, 48, 100, 128, 384, 512)] == (
+        [1, 2, 8, 12, 25, 32, 32, 32]
+    )
+    for channels in range(1, 300):
+        groups = layers.num_groups(channels)
+        assert channels % groups == 0 and groups <= 32
+        assert groups == 1 or channels // groups >= 4
+
+
+def test_group_statistics_are_float32_under_bfloat16():
+    x = 8 + np.random.default_rng(0).normal(size=(2, 32, 32, 4))
+    x = jnp.asarray(x, jnp.bfloat16)
+    norm = layers.group_norm(4, jnp.bfloat16, jnp.float32)
+    got, _ = norm.init_with_output(jax.random.key(0), x)
+    exact = np.asarray(x, np.float64)
+    axes = (1, 2, 3)
+    exact = (exact - exact.mean(axes, keepdims=True)) / exact.std(axes, keepdims=True)
+    assert got.dtype == jnp.bfloat16
+    # The result itself is rounded to 2^-9; a bfloat16 variance of 64 + 1 - 64 would be 25 % off.
+    assert relative(got, exact) < 4e-3
+
+
+def test_resampling_in_closed_form():
+    x = jnp.arange(2 * 4 * 2 * 3, dtype=jnp.float32).reshape(2, 4, 2, 3)
+    up = layers.nearest_upsample(x)
+    np.testing.assert_array_equal(up, np.asarray(x).repeat(2, axis=1).repeat(2, axis=2))
+    pooled = layers.average_pool(x)
+    assert pooled.shape == (2, 2, 1, 3)
+    np.testing.assert_allclose(pooled[1, 1, 0], x[1, 2:, :].reshape(4, 3).mean(0), rtol=1e-6)
