@@ -157,7 +157,7 @@ def _raise_on_failure(
     )
     messages = [f"The solve stopped {w}: {why}" for why in (not_finite, too_many) for w in where]
     failed = result != diffrax.RESULTS.successful
-    return eqx.branched_error_if(y, failed, hundredth + 100 * ran_out, messages)
+    return eqx.branched_error_if(y, failed, hundredth + jnp.where(ran_out, 100, 0), messages)
 
 
 class StopWhenStalled(diffrax.AbstractStepSizeController):

@@ -60,6 +60,8 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     del key
     check_same_shape("x0 and x1", x0, x1)
     flat0, flat1 = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (x0, x1))
+    # Products of numbers far from the origin would round the distances away.
+    flat0, flat1 = (x - jnp.mean(flat1, axis=0, keepdims=True) for x in (flat0, flat1))
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, and the squares add the same to every permutation.
     cost = -jnp.matmul(flat0, flat1.T, precision=jax.lax.Precision.HIGHEST)
     rows, columns = optax.assignment.hungarian_algorithm(jax.lax.stop_gradient(cost))

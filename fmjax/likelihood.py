@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ._solve import solve
-from .types import Divergence, SourceLogProb, Velocity
+from .types import Divergence, SourceLogProb, Velocity, wider
 
 
 def standard_normal_log_prob(x: jax.Array) -> jax.Array:
@@ -185,7 +185,7 @@ def _solve_with_divergence(
     adjoint: diffrax.AbstractAdjoint,
 ) -> tuple[jax.Array, jax.Array]:
     """The state at `t_end`, and the integral of the divergence from `t_start` to `t_end`."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wider(x.dtype, jnp.float32)
     y_start = (x.astype(dtype), jnp.zeros(x.shape[:1], dtype))
 
     def vector_field(t: jax.Array, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:

@@ -10,7 +10,7 @@ straight path x_t = (1 - t) x0 + t x1 is x1 - x0, not (x1 - x0) / t.
 import jax
 import jax.numpy as jnp
 
-from .types import PathSample, Velocity, check_same_shape
+from .types import PathSample, Velocity, check_same_shape, wider
 
 
 def cfm_loss(velocity: Velocity, path_sample: PathSample) -> jax.Array:
@@ -36,6 +36,6 @@ def cfm_loss(velocity: Velocity, path_sample: PathSample) -> jax.Array:
     """
     prediction = velocity(path_sample.t, path_sample.x_t)
     check_same_shape("the velocity and its target u_t", prediction, path_sample.u_t)
-    dtype = jnp.promote_types(path_sample.u_t.dtype, jnp.float32)
+    dtype = wider(path_sample.u_t.dtype, jnp.float32)
     error = prediction.astype(dtype) - path_sample.u_t.astype(dtype)
     return jnp.mean(jnp.square(error), axis=range(1, error.ndim))

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .types import PathSample, Velocity, broadcast_time, check_same_shape
+from .types import PathSample, Velocity, broadcast_time, check_same_shape, wider
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -198,7 +198,7 @@ def velocity_to_x0(
 
 
 def x0_to_velocity(path: AffinePath, t: jax.Array, x_t: jax.Array, x0: jax.Array) -> jax.Array:
-    """u = (alpha' x_t - W x0) / alpha. Refused where alpha = 0. See `velocity_to_x1`."""
+    """u = (alpha' x_t - W x0) / alpha. Refused where alpha = 0 or W is infinite. See `velocity_to_x1`."""
     t, alpha, _, alpha_dot, _, w = _schedule_with_w(path, t)
     return _convert("x0_to_velocity", t, alpha_dot / alpha, x_t, -w / alpha, x0)
 
@@ -208,7 +208,7 @@ def velocity_to_score(
 ) -> jax.Array:
     """s = (alpha u - alpha' x_t) / (W sigma), the gradient of log p_t for a marginal velocity.
 
-    Refused where W sigma = 0 (t = 1 without sigma_min). See `velocity_to_x1`.
+    Refused where W sigma is 0 (t = 1 without sigma_min) or infinite. See `velocity_to_x1`.
     """
     t, alpha, sigma, alpha_dot, _, w = _schedule_with_w(path, t)
     scale = 1 / (w * sigma)
@@ -218,7 +218,7 @@ def velocity_to_score(
 def score_to_velocity(
     path: AffinePath, t: jax.Array, x_t: jax.Array, score: jax.Array
 ) -> jax.Array:
-    """u = (alpha' x_t + sigma W s) / alpha. Refused where alpha = 0. See `velocity_to_x1`."""
+    """u = (alpha' x_t + sigma W s) / alpha. Refused where alpha = 0 or W is infinite. See `velocity_to_x1`."""
     t, alpha, sigma, alpha_dot, _, w = _schedule_with_w(path, t)
     return _convert("score_to_velocity", t, alpha_dot / alpha, x_t, sigma * w / alpha, score)
 
@@ -277,12 +277,14 @@ def _schedule(path: AffinePath, t: jax.Array) -> tuple[jax.Array, ...]:
 
 def _schedule_with_w(path: AffinePath, t: jax.Array) -> tuple[jax.Array, ...]:
     t, alpha, sigma, alpha_dot, sigma_dot = _schedule(path, t)
-    return t, alpha, sigma, alpha_dot, sigma_dot, alpha_dot * sigma - alpha * sigma_dot
+    w = alpha_dot * sigma - alpha * sigma_dot
+    # The reciprocal of an infinite W would be a silent zero.
+    return t, alpha, sigma, alpha_dot, sigma_dot, jnp.where(jnp.isfinite(w), w, jnp.nan)
 
 
 def _combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a x + b y, with a and b functions of time, computed in the wider dtype, returned in x's."""
-    dtype = jnp.promote_types(a.dtype, x.dtype)
+    dtype = wider(a.dtype, x.dtype)
     a, b = broadcast_time(a, x).astype(dtype), broadcast_time(b, x).astype(dtype)
     return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ._solve import solve
-from .types import Velocity
+from .types import Velocity, wider
 
 
 class Trajectory(NamedTuple):
@@ -73,7 +73,7 @@ def integrate(
       >>> integrate(lambda t, x: -x, jnp.ones((1, 2)), solver=diffrax.Heun(), num_steps=10).x.shape
       (1, 1, 2)
     """
-    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    dtype = wider(x0.dtype, jnp.float32)
     t, x, num_evaluations = solve(
         lambda t, x: velocity(t, x).astype(dtype),
         x0.astype(dtype),

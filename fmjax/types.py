@@ -96,3 +96,8 @@ def check_same_shape(what: str, a: jax.Array, b: jax.Array) -> None:
             f"{what} must have one shape, [batch, *event]; got {a.shape} and {b.shape}. "
             "Nothing is broadcast here: repeat the smaller one."
         )
+
+
+def wider(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    """The floating-point dtype with more bits; unlike a promotion, also under strict promotion."""
+    return max(jnp.dtype(a), jnp.dtype(b), key=lambda dtype: jnp.finfo(dtype).bits)

@@ -1,0 +1,206 @@
+"""What the image experiments share: flags, data, U-Net, loss, samples and bits/dim.
+
+Pixels are dequantised uniformly, in training and in evaluation, so that the likelihood is one of
+the discrete images: x = 2 (v + u) / num_levels - 1, u ~ U[0, 1).
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from experiments import loop, plots
+from experiments.run import COUPLINGS, PATHS, TIMES, Run, RunConfig, check
+from fmjax import data, models, pixels, training
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net. Image sides must be divisible by 2^(levels - 1)."""
+
+    channels: int = 32
+    """Channels of the first level."""
+    channel_multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each level, as multiples; the image is halved between levels."""
+    num_res_blocks: int = 1
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = ()
+    """Image heights at which there is attention."""
+    num_heads: int = 1
+    """Attention heads, unless head_channels is given."""
+    head_channels: int | None = None
+    """Channels per attention head."""
+    dropout: float = 0.0
+    """Dropout rate in the residual blocks."""
+    scale_shift_norm: bool = False
+    """Whether time scales and shifts the normalised features, or is added to them."""
+    conv_resample: bool = True
+    """Whether to resample by convolutions, or by pooling and repetition."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(RunConfig):
+    """The flags of an image experiment."""
+
+    dataset: str = "digits"
+    """scikit-learn's "digits", or the TFDS name of an image data set."""
+    data_dir: pathlib.Path | None = None
+    """Where TFDS data sets lie; else TFDS_DATA_DIR, else TFDS's own default."""
+    train_split: str = "train"
+    """Images to train on, in TFDS's notation: train, train[:5000], ..."""
+    eval_split: str = "test"
+    """Held-out images for bits/dim."""
+    flip: bool = False
+    """Whether to mirror images left to right at random."""
+    model: UNetConfig = UNetConfig()
+    """The U-Net's size."""
+    num_samples: int = 64
+    """Images to draw at the end."""
+    sample_tolerance: float = 1e-3
+    """Tolerance of Tsit5 in drawing."""
+    eval_examples: int = 256
+    """Held-out images for bits/dim, the first of the split."""
+    eval_batch_size: int = 64
+    """Images per likelihood solve."""
+    eval_probes: int = 1
+    """Hutchinson probes per image."""
+    eval_tolerance: float = 1e-4
+    """Tolerance of Tsit5 in the likelihood."""
+
+
+def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
+    """Trains, draws, measures; returns what stands in summary.json."""
+    check(config)
+    dataset = load(config, config.train_split)
+    held_out = load(config, config.eval_split)
+    model = models.UNet(**dataclasses.asdict(config.model))
+    shape, levels = dataset.images.shape[1:], dataset.num_levels
+    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
+    jax.eval_shape(init, jax.random.key(0))  # a size that can't work is refused here
+    key_params, key_train, key_x0, key_eval = jax.random.split(jax.random.key(config.seed), 4)
+    tx = training.adam(
+        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+    )
+    with Run(name, config) as run:
+        state = loop.init_state(init, key_params, tx)
+        step_fn = loop.make_step(config, make_draw(config, levels), make_loss(model), tx)
+        state, rate = loop.train(run, state, step_fn, key_train, dataset.images)
+        plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
+        params, step = jax.device_get(state.ema_params), int(state.step)
+
+        print(f"Drawing {config.num_samples} samples ...", flush=True)
+        solve = jax.jit(functools.partial(draw_samples, model, config.sample_tolerance))
+        x0 = jax.random.normal(key_x0, (config.num_samples, *shape))
+        x1, num_evaluations = solve(params, x0)
+        grid = run.folder / "samples" / f"step_{step:08d}.png"
+        images = np.asarray(pixels.quantize(x1, levels))
+        plots.save_grid(images, grid, num_levels=levels)
+
+        print(f"Bits/dim of {config.eval_examples} held-out images ...", flush=True)
+        bits = measure_bits_per_dim(model, config, params, held_out, key_eval)
+        summary = {
+            "experiment": name,
+            "step": step,
+            "loss": run.metrics()[-1]["loss"],
+            "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+            **bits,
+            "num_evaluations": int(num_evaluations),
+            "sampler": f"Tsit5, tolerance {config.sample_tolerance:g}, EMA parameters",
+            "images_per_second": rate,
+            "wall_seconds": round(run.seconds, 1),
+            "samples": str(grid),
+        }
+        run.finish(summary)
+    return summary
+
+
+def load(config: ImageConfig, split: str) -> data.ImageDataset:
+    """The split of the run's data set, in memory."""
+    if config.dataset == "digits":
+        return data.load_digits(split)
+    return data.load(config.dataset, split, config.data_dir)
+
+
+def make_draw(config: ImageConfig, num_levels: int) -> loop.Draw:
+    """`(key, uint8 images) -> PathSample`: flip, dequantise, pair with noise, choose times."""
+
+    def draw(key: jax.Array, images: jax.Array) -> fm.PathSample:
+        key_flip, key_u, key_x0, key_pair, key_t = jax.random.split(key, 5)
+        if config.flip:
+            images = pixels.random_flip(key_flip, images)
+        x1 = pixels.dequantize(key_u, images, num_levels)
+        x0 = COUPLINGS[config.coupling](key_pair, jax.random.normal(key_x0, x1.shape), x1)
+        t = TIMES[config.times](key_t, x1.shape[:1])
+        return fm.sample_path(PATHS[config.path], x0, x1, t)
+
+    return draw
+
+
+def make_loss(model: models.UNet) -> training.LossFn:
+    def loss_fn(params: Any, key: jax.Array, path_sample: fm.PathSample) -> jax.Array:
+        velocity = functools.partial(
+            model.apply, params, deterministic=False, rngs={"dropout": key}
+        )
+        return jnp.mean(fm.cfm_loss(velocity, path_sample))
+
+    return loss_fn
+
+
+def draw_samples(
+    model: models.UNet, tolerance: float, params: Any, x0: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Samples and the evaluations that they took."""
+    velocity = functools.partial(model.apply, params)
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    trajectory = fm.integrate(velocity, x0, stepsize_controller=controller)
+    return trajectory.x[-1], trajectory.num_evaluations
+
+
+def measure_bits_per_dim(
+    model: models.UNet,
+    config: ImageConfig,
+    params: Any,
+    dataset: data.ImageDataset,
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Bits/dim of the first held-out images, with the standard error over them and the method."""
+    images = dataset.images[: config.eval_examples]
+    size = min(config.eval_batch_size, len(images))
+    controller = diffrax.PIDController(rtol=config.eval_tolerance, atol=config.eval_tolerance)
+
+    @jax.jit
+    def bits(params: Any, key: jax.Array, batch: jax.Array) -> jax.Array:
+        key_u, key_probe = jax.random.split(key)
+        log_p = fm.log_prob(
+            functools.partial(model.apply, params),
+            pixels.dequantize(key_u, batch, dataset.num_levels),
+            divergence=fm.hutchinson_divergence(key_probe, config.eval_probes),
+            stepsize_controller=controller,
+        )
+        return fm.bits_per_dim(log_p, batch.shape[1:], num_levels=dataset.num_levels)
+
+    began, values = time.perf_counter(), []
+    for start in range(0, len(images), size):
+        rows = np.arange(start, start + size) % len(images)  # a short last batch is filled up
+        values.append(np.asarray(bits(params, jax.random.fold_in(key, start), images[rows])))
+    values = np.concatenate(values)[: len(images)]
+    return {
+        "bits_per_dim": float(values.mean()),
+        "bits_per_dim_standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))
+        if len(values) > 1
+        else None,
+        "bits_per_dim_method": (
+            f"first {len(images)} images of {config.dataset} {config.eval_split}; uniform "
+            f"dequantisation of {dataset.num_levels} levels, one draw; Hutchinson with "
+            f"{config.eval_probes} probe(s); Tsit5, tolerance {config.eval_tolerance:g}; EMA "
+            "parameters"
+        ),
+        "bits_per_dim_seconds": round(time.perf_counter() - began, 1),
+    }

@@ -1,0 +1,35 @@
+"""MNIST or Fashion-MNIST, 28x28, with a small U-Net.
+
+python -m experiments.mnist --dataset fashion_mnist
+"""
+
+import dataclasses
+import pathlib
+
+import tyro
+
+from experiments.images import ImageConfig, UNetConfig, run_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ImageConfig):
+    """Flow matching on MNIST, or with --dataset fashion_mnist on garments."""
+
+    workdir: pathlib.Path = pathlib.Path("runs/mnist")
+    dataset: str = "mnist"
+    num_steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    ema_decay: float = 0.995
+    model: UNetConfig = UNetConfig(
+        channels=16, channel_multipliers=(1, 2, 4), attention_resolutions=(7,), head_channels=32
+    )
+
+
+def main(config: Config) -> None:
+    run_experiment("mnist", config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,96 @@
+"""Pictures of a run: grids of images, loss curves, flows in the plane."""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+BLUE, ORANGE, GREY = "#3b6fb6", "#d9762b", "#9a9a9a"
+
+
+def save_grid(
+    images: np.ndarray, path: pathlib.Path, *, num_levels: int = 256, columns: int | None = None
+) -> None:
+    """A PNG of images side by side, small ones enlarged by a whole factor.
+
+    Args:
+      images: integers in 0..num_levels-1, `[num, height, width, channel]`, 1 or 3 channels.
+      path: where to.
+      num_levels: pixel values.
+      columns: images per row; None for about a square.
+    """
+    num, height, width, channel = images.shape
+    columns = columns or int(np.ceil(np.sqrt(num)))
+    rows = -(-num // columns)
+    scale = max(1, round(64 / height))
+    pixels = np.round(images.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    gap = 4
+    cell_height, cell_width = height * scale + gap, width * scale + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channel), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = gap + i // columns * cell_height, gap + i % columns * cell_width
+        sheet[y : y + height * scale, x : x + width * scale] = image
+    Image.fromarray(sheet[..., 0] if channel == 1 else sheet).save(path, optimize=True)
+
+
+def save_loss_curve(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
+    """The loss of metrics.jsonl against the step, each line and a running mean over ten."""
+    steps = np.array([row["step"] for row in rows])
+    losses = np.array([row["loss"] for row in rows])
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color=GREY, linewidth=0.8, label="one batch")
+    if len(losses) >= 20:
+        mean = np.convolve(losses, np.ones(10) / 10, mode="valid")
+        axes.plot(steps[9:], mean, color=BLUE, linewidth=1.6, label="mean of 10 lines")
+        axes.legend(frameon=False)
+    low, high = np.quantile(losses, [0.0, 0.98])
+    axes.set_ylim(0.95 * low, 1.1 * high)
+    axes.set(xlabel="step", ylabel="flow-matching loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def save_plane(
+    path: pathlib.Path,
+    *,
+    data: np.ndarray,
+    trajectories: np.ndarray,
+    density: np.ndarray,
+    extent: float,
+) -> None:
+    """A flow in the plane: data, samples with the ways they came, and the model's density.
+
+    Args:
+      path: where to.
+      data: `[num, 2]`.
+      trajectories: `[num_times, num_samples, 2]`, from noise to sample.
+      density: exp(log_prob) on a square grid over [-extent, extent]^2, `[n, n]`, row = second
+        coordinate.
+      extent: half the width of the pictures.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.scatter(*data.T, s=2, color=GREY, linewidths=0)
+    left.set_title("data")
+    middle.plot(trajectories[:, :400, 0], trajectories[:, :400, 1], color=GREY, lw=0.3, alpha=0.6)
+    middle.scatter(*trajectories[0, :400].T, s=3, color=ORANGE, linewidths=0, label="noise, t = 0")
+    middle.scatter(*trajectories[-1].T, s=3, color=BLUE, linewidths=0, label="samples, t = 1")
+    middle.legend(loc="upper right", frameon=False, markerscale=3)
+    middle.set_title("trajectories")
+    right.imshow(
+        density,
+        origin="lower",
+        extent=(-extent, extent, -extent, extent),
+        cmap=matplotlib.colormaps["magma"],
+    )
+    right.set_title("density, by exact likelihood")
+    for axes in (left, middle, right):
+        axes.set(
+            xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[]
+        )
+    figure.savefig(path, dpi=110)

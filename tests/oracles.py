@@ -1,0 +1,103 @@
+"""What several test files share: closed forms, the table of paths, fixtures, a quick `jit`.
+
+The flow from N(0, I) to N(mean, diag(std^2)) with independent pairs is known exactly. Every
+coordinate of x_t is normal, with mean mu_t = alpha m and variance S_t = alpha^2 s^2 + sigma^2, so
+
+    u_t(x) = mu_t' + S_t' / (2 S_t) (x - mu_t),   x_t = mu_t + sqrt(S_t / S_0) (x_0 - mu_0).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fmjax as fm
+
+# Unoptimised code compiles faster, and compiling is what these tests spend their time on.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+PATHS = {
+    "cond_ot": fm.cond_ot(),
+    "cond_ot_0.1": fm.cond_ot(sigma_min=0.1),
+    "vp": fm.vp(),
+    "linear_vp": fm.linear_vp(),
+    "cosine": fm.cosine(),
+    "polynomial_2": fm.polynomial(2),
+    "polynomial_1.5": fm.polynomial(1.5),
+    "own": fm.AffinePath(alpha=lambda t: t * (2 - t), sigma=lambda t: 1 - t),
+}
+
+
+@pytest.fixture
+def x64():
+    """Float64 in one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    """Imported by a test file, it refuses every silent change of dtype in that file's tests."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def numerical_schedule(path: fm.AffinePath, t: np.ndarray) -> tuple[np.ndarray, ...]:
+    """alpha, sigma and their derivatives by central differences; float64, under `x64` only."""
+    step = 1e-6
+    values = [np.asarray(f(jnp.asarray(t))) for f in path]
+    slopes = [np.asarray(f(jnp.asarray(t + step)) - f(jnp.asarray(t - step))) for f in path]
+    assert values[0].dtype == np.float64
+    return (*values, *(slope / (2 * step) for slope in slopes))
+
+
+class GaussianFlow(NamedTuple):
+    """N(0, I) to N(mean, diag(std^2)) along cond_ot(sigma_min), with every derivative written out.
+
+    Attributes:
+      mean: `[*event]`.
+      std: `[*event]`.
+      sigma_min: the noise that stays on the data.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    sigma_min: float = 0.0
+
+    def variance(self, t):
+        return t**2 * self.std**2 + (1 - (1 - self.sigma_min) * t) ** 2
+
+    def velocity(self, t, x):
+        mean, std = jnp.asarray(self.mean, x.dtype), jnp.asarray(self.std, x.dtype)
+        sigma, sigma_dot = 1 - (1 - self.sigma_min) * t, -(1 - self.sigma_min)
+        rate = (t * std**2 + sigma * sigma_dot) / (t**2 * std**2 + sigma**2)
+        return (mean - t * rate * mean)[None] + rate[None] * x
+
+    def flow(self, t, x0):
+        """x_t from x_0, in numpy float64."""
+        return t * self.mean + np.sqrt(self.variance(t)) * np.asarray(x0, np.float64)
+
+    def log_prob(self, t, x):
+        """log p_t(x) in nats, in numpy float64: `[batch]`."""
+        variance, x = self.variance(t), np.asarray(x, np.float64)
+        terms = (x - t * self.mean) ** 2 / variance + np.log(2 * np.pi * variance)
+        return -0.5 * terms.reshape(len(x), -1).sum(1)
+
+
+def gaussian_flow(event_shape: tuple[int, ...], sigma_min: float = 0.0) -> GaussianFlow:
+    """A `GaussianFlow` whose means lie in [-1, 1] and standard deviations in [0.4, 1.6]."""
+    rng = np.random.default_rng(0)
+    return GaussianFlow(
+        rng.uniform(-1, 1, event_shape), rng.uniform(0.4, 1.6, event_shape), sigma_min
+    )
+
+
+def whitened_normal(num: int, dim: int) -> np.ndarray:
+    """`[num, dim]`, num > dim: normal draws made exactly mean 0 and covariance 1; float32."""
+    x = np.random.default_rng(1).standard_normal((num, dim))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / num)).T
+    return x.astype(np.float32)

@@ -1,0 +1,116 @@
+"""One conformance suite over all couplings, and the optimum of the optimal one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import jit
+from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
+from scipy.optimize import linear_sum_assignment
+
+import fmjax as fm
+
+COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
+all_couplings = pytest.mark.parametrize("name", COUPLINGS)
+KEY = jax.random.key(0)
+
+
+def draw(shape, seed=0, shift=0.0):
+    x0, x1 = np.random.default_rng(seed).standard_normal((2, *shape)) + shift
+    return jnp.asarray(x0, jnp.float32), jnp.asarray(x1, jnp.float32)
+
+
+def squared_distances(x0, x1):
+    """[batch, batch] in float64."""
+    x0, x1 = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x0, x1))
+    return ((x0[:, None] - x1[None]) ** 2).sum(-1)
+
+
+@all_couplings
+@pytest.mark.parametrize("shape", [(16, 2), (6, 4, 4, 2)])
+def test_permutes_the_source_without_replacement(name, shape):
+    x0, x1 = draw(shape)
+    before = np.array(x1)
+    paired = COUPLINGS[name](KEY, x0, x1)
+    assert (paired.shape, paired.dtype) == (x0.shape, x0.dtype)
+
+    def rows(x):
+        return sorted(map(tuple, np.asarray(x).reshape(len(x), -1)))
+
+    assert rows(paired) == rows(x0)
+    np.testing.assert_array_equal(x1, before)  # so that labels stay where they are
+    np.testing.assert_array_equal(jit(COUPLINGS[name])(KEY, x0, x1), paired)
+    np.testing.assert_array_equal(COUPLINGS[name](KEY, x0, x1), paired)
+
+
+@all_couplings
+def test_shapes_must_agree(name):
+    x0, x1 = draw((4, 3))
+    for wrong in (x1[:3], x1[:, :2], x1[:, None]):
+        with pytest.raises(ValueError, match="x0 and x1 must have one shape"):
+            COUPLINGS[name](KEY, x0, wrong)
+
+
+def test_independent_leaves_the_pairs():
+    x0, x1 = draw((8, 2))
+    np.testing.assert_array_equal(fm.independent(KEY, x0, x1), x0)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (7, 3), (33, 2), (8, 4, 4, 3)])
+def test_minibatch_ot_has_scipys_cost(shape):
+    coupling = jit(fm.minibatch_ot)
+    for seed in range(3):
+        x0, x1 = draw(shape, seed)
+        distances = squared_distances(x0, x1)
+        best = distances[linear_sum_assignment(distances)].sum()
+        cost = np.trace(squared_distances(coupling(KEY, x0, x1), x1))
+        np.testing.assert_allclose(cost, best, rtol=1e-5)
+        independent = np.trace(distances)
+        assert cost <= independent * (1 + 1e-6)
+        if shape[0] > 2:
+            assert cost < 0.95 * independent  # or the batch would test nothing
+
+
+def test_minibatch_ot_is_exact_far_from_the_origin():
+    """In float32 a cost of inner products rounds away the distances between far points."""
+    x0, x1 = draw((64, 2), shift=300.0)
+    distances = squared_distances(x0, x1)
+    best = distances[linear_sum_assignment(distances)].sum()
+    cost = np.trace(squared_distances(jit(fm.minibatch_ot)(KEY, x0, x1), x1))
+    np.testing.assert_allclose(cost, best, rtol=1e-5)
+
+
+def test_minibatch_ot_by_hand():
+    """The best of all 4! pairings, whatever the key and the order in which the source came."""
+    x0, x1 = draw((4, 2))
+    distances = squared_distances(x0, x1)
+    best = min(itertools.permutations(range(4)), key=lambda p: distances[list(p), range(4)].sum())
+    want = np.asarray(x0)[list(best)]
+    np.testing.assert_array_equal(fm.minibatch_ot(KEY, x0, x1), want)
+    np.testing.assert_array_equal(fm.minibatch_ot(jax.random.key(7), x0, x1), want)
+    np.testing.assert_array_equal(fm.minibatch_ot(KEY, x0[::-1], x1), want)
+
+
+def test_gradients_follow_the_permutation():
+    x0, x1 = draw((7, 2))
+    paired = np.asarray(fm.minibatch_ot(KEY, x0, x1))
+    weights = jnp.arange(7, dtype=jnp.float32)[:, None]
+
+    def weighted(x0, x1):
+        return jnp.sum(weights * fm.minibatch_ot(KEY, x0, x1))
+
+    of_x0, of_x1 = jit(jax.grad(weighted, (0, 1)))(x0, x1)
+    position = [np.flatnonzero((paired == row).all(1)).item() for row in np.asarray(x0)]
+    np.testing.assert_array_equal(of_x0, np.broadcast_to(np.array(position)[:, None], (7, 2)))
+    np.testing.assert_array_equal(of_x1, np.zeros((7, 2)))
+
+
+def test_bfloat16_is_kept():
+    x0, x1 = (x.astype(jnp.bfloat16) for x in draw((7, 3)))
+    distances = squared_distances(x0, x1)
+    paired = fm.minibatch_ot(KEY, x0, x1)
+    assert paired.dtype == jnp.bfloat16
+    cost = np.trace(squared_distances(paired, x1))
+    np.testing.assert_allclose(cost, distances[linear_sum_assignment(distances)].sum(), rtol=1e-5)

@@ -1,0 +1,215 @@
+"""The experiments, small: what they leave behind, that a run goes on exactly, bad flags."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from experiments import cifar10, digits, loop, mnist, two_moons
+from experiments.images import UNetConfig, load
+from experiments.run import Run, flags
+from fmjax import checkpoints, models, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared/tensorflow_datasets"))
+TINY = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
+SMALL = dict(
+    model=TINY, num_steps=3, batch_size=16, log_every=1, num_samples=4, eval_examples=10,
+    eval_batch_size=8, eval_probes=1, eval_tolerance=1e-2, sample_tolerance=1e-2,
+)  # fmt: skip
+MOONS = dict(batch_size=64, log_every=1, num_samples=50, eval_examples=64)
+
+
+def moons(workdir, **kwargs):
+    model = two_moons.MLPConfig(features=(16,))
+    return two_moons.Config(workdir=workdir, **({"model": model} | MOONS | kwargs))
+
+
+def final_state(workdir):
+    with checkpoints.open_manager(workdir / "checkpoints") as manager:
+        step = checkpoints.latest_step(manager)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        state = manager.restore(step, args=args)["state"]
+    return step, jax.tree.map(np.asarray, state)
+
+
+def check_folder(folder, summary, steps):
+    for name in ("config.json", "metrics.jsonl", "loss.png", "summary.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").glob("events*"))
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert {"loss", "gradient_norm", "learning_rate", "images_per_second"} <= rows[0].keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["global_batch"] == 16 and config["device_count"] == 8
+    assert {"jax", "flax", "optax", "diffrax"} <= config["versions"].keys()
+    picture = np.asarray(Image.open(folder / "samples" / f"step_{steps:08d}.png"))
+    assert picture.std() > 1  # not blank
+
+
+def check_image_summary(summary):
+    assert 0 < summary["bits_per_dim"] < 20  # untrained, but in its unit
+    assert "Hutchinson" in summary["bits_per_dim_method"]
+    assert summary["num_evaluations"] % 6 == 1  # Tsit5: one, and six a step
+    assert summary["images_per_second"] > 0 and summary["wall_seconds"] > 0
+
+
+def test_digits_leaves_a_complete_folder(tmp_path):
+    folder = tmp_path / "a run with spaces, ü"
+    digits.main(digits.Config(workdir=folder, **SMALL))
+    summary = json.loads((folder / "summary.json").read_text())
+    check_folder(folder, summary, 3)
+    check_image_summary(summary)
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset", "splits"),
+    [
+        (cifar10, "cifar10", {"train_split": "train[:64]", "eval_split": "test[:16]"}),
+        (mnist, "mnist", {"train_split": "test[:64]", "eval_split": "test[64:80]"}),
+    ],
+)
+def test_real_images(tmp_path, module, dataset, splits):
+    if not (SHARED / dataset).exists():
+        pytest.skip(f"no prepared {dataset} in TFDS_DATA_DIR")
+    settings = SMALL | splits | {"dataset": dataset, "data_dir": SHARED, "workdir": tmp_path}
+    module.main(module.Config(**settings))
+    check_image_summary(json.loads((tmp_path / "summary.json").read_text()))
+
+
+def test_the_cifar10_default_is_the_published_network():
+    config = dataclasses.asdict(cifar10.Config().model)
+    built, named = models.UNet(**config), models.cifar10_unet()
+
+    def count(model):
+        x = jnp.zeros((1, 32, 32, 3))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(()), x)
+        return sum(x.size for x in jax.tree.leaves(shapes))
+
+    assert count(built) == count(named) == 35_746_307
+    assert (built.dropout, built.head_channels) == (named.dropout, named.head_channels)
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
+    two_moons.main(moons(tmp_path / "once", num_steps=12, checkpoint_every=4))
+    two_moons.main(moons(tmp_path / "twice", num_steps=6, checkpoint_every=4))
+    two_moons.main(moons(tmp_path / "twice", num_steps=12, checkpoint_every=4))
+    (step_a, a), (step_b, b) = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
+    assert step_a == step_b == 12
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("once", "twice")
+    ]
+    assert len(curves[0]) == 12 and curves[0] == curves[1]
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path):
+    def command(name):
+        settings = "--num-steps 3000 --checkpoint-every 500 --log-every 100 --model.features 16"
+        return [sys.executable, "-m", "experiments.two_moons", "--workdir", str(tmp_path / name),
+                *settings.split(), "--num-samples", "50", "--eval-examples", "64"]  # fmt: skip
+
+    log = tmp_path / "killed" / "metrics.jsonl"
+    with subprocess.Popen(command("killed"), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not log.exists() or log.read_text().count("\n") < 12:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    for name in ("killed", "untouched"):
+        subprocess.run(command(name), cwd=ROOT, check=True, capture_output=True)
+    (step_a, a), (step_b, b) = final_state(tmp_path / "killed"), final_state(tmp_path / "untouched")
+    assert step_a == step_b == 3000
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    steps = [json.loads(line)["step"] for line in log.open()]
+    assert steps == list(range(100, 3001, 100))  # none twice, none missing
+
+
+def test_pmap_gives_the_numbers_of_jit(tmp_path):
+    for parallel in ("jit", "pmap"):
+        two_moons.main(moons(tmp_path / parallel, num_steps=20, parallel=parallel))
+    a, b = (final_state(tmp_path / name)[1] for name in ("jit", "pmap"))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        # Sums over the devices are taken in another order.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    two_moons.main(moons(tmp_path, num_steps=2))
+    with pytest.raises(ValueError, match="learning_rate: folder has 0.002, got 0.1"):
+        two_moons.main(moons(tmp_path, num_steps=2, learning_rate=0.1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    config = moons(tmp_path, num_steps=10, checkpoint_every=2)
+    tx = training.adam(1e-3)
+
+    def loss_fn(params, key, x):
+        # The fourth step's state has seen three updates.
+        return jnp.where(params["n"] < -2.5e-3, jnp.nan, params["n"] + 0 * x.sum())
+
+    with Run("nan", config) as run:
+        state = loop.init_state(lambda key: {"n": jnp.zeros(())}, jax.random.key(0), tx)
+        step_fn = loop.make_step(config, lambda key, x: x, loss_fn, tx)
+        with pytest.raises(FloatingPointError, match="step 4 is nan"):
+            loop.train(run, state, step_fn, jax.random.key(0), np.ones((64, 2), np.float32))
+    assert final_state(tmp_path)[0] == 2  # the good one; the fourth step's was not saved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 12}, "multiple of the number of devices"),
+        ({"num_steps": 0}, "--num-steps must be positive"),
+        ({"eval_examples": -1}, "--eval-examples must be positive"),
+    ],
+)
+def test_bad_flags_are_refused_before_any_work(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        two_moons.main(moons(tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "cifer10"}, "cifar10"),
+        ({"train_split": "validation"}, "train, test"),
+        ({"model": UNetConfig(channel_multipliers=(1, 1, 1, 1, 1))}, "divisible"),
+    ],
+)
+def test_bad_data_and_sizes_are_refused_before_training(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        digits.main(digits.Config(**(SMALL | {"workdir": tmp_path / "run"} | change)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_read_well_and_a_misspelt_one_is_refused_with_a_suggestion():
+    command = [sys.executable, "-m", "experiments.digits"]
+    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    text = subprocess.run([*command, "--help"], **options).stdout
+    shared = ("workdir", "seed", "num-steps", "batch-size", "checkpoint-every", "dataset")
+    for flag in (*shared, "data-dir", "model.channels"):
+        assert f"--{flag}" in text
+    wrong = subprocess.run([*command, "--batchsize", "3"], **options)
+    assert wrong.returncode != 0 and "--batch-size" in wrong.stdout + wrong.stderr
+
+
+def test_flags_are_json_and_digits_are_the_embedded_default():
+    config = digits.Config()
+    assert flags(config)["workdir"] == "runs/digits"
+    assert load(config, "test").images.shape == (297, 8, 8, 1)

@@ -1,0 +1,47 @@
+"""The README's code and the notebook run; the README's figures are those of recorded runs."""
+
+import pathlib
+import re
+
+import jax
+import nbclient
+import nbformat
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_the_readmes_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    # What the lines are there for: samples on the moons, and log-densities that are finite.
+    x1 = np.asarray(namespace["x1"])
+    moons = np.asarray(namespace["moons"])
+    nearest = np.sqrt(((x1[:, None] - moons[None, :2000]) ** 2).sum(-1)).min(1)
+    assert np.quantile(nearest, 0.9) < 0.2, nearest
+    assert np.isfinite(namespace["log_p"]).all() and np.mean(namespace["log_p"]) > -2.5
+
+
+def test_the_notebook_runs():
+    notebook = nbformat.read(ROOT / "experiments/notebooks/quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}})
+    client.execute()
+    text = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    mass = float(re.search(r"density sums to ([\d.]+)", text).group(1))
+    assert abs(mass - 1) < 0.02  # a sum over a grid of 100 x 100
+    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "data" in o]
+    assert sum("image/png" in o["data"] for o in pictures) == 4
+
+
+def test_no_picture_in_the_readme_is_missing_or_large():
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / name).stat().st_size < 300_000, name
+
+
+def test_eight_devices():
+    assert jax.device_count() == 8  # what the distributed tests rely on
