@@ -32,11 +32,13 @@ def make_step(
       loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
       tx: an Optax transformation.
     """
+    mesh = sharding.make_mesh()
     if config.parallel == "pmap":
         step = training.make_train_step(
             loss_fn, tx, ema_decay=config.ema_decay, axis_name=sharding.DATA_AXIS
         )
-        mapped, draw_batch = sharding.pmap_train_step(step), jax.jit(draw)
+        mapped = sharding.pmap_train_step(step)
+        draw_batch = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
 
         def pmap_step(state, key, x1):
             key_draw, key_loss = jax.random.split(key)
@@ -45,7 +47,6 @@ def make_step(
         return pmap_step
 
     step = training.make_train_step(loss_fn, tx, ema_decay=config.ema_decay)
-    mesh = sharding.make_mesh()
 
     def whole_step(state, key, x1):
         key_draw, key_loss = jax.random.split(key)

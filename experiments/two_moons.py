@@ -52,7 +52,7 @@ class Config(RunConfig):
 def moons(num: int, noise: float, seed: int) -> np.ndarray:
     """`[num, 2]`, centred and scaled to about unit variance."""
     x, _ = datasets.make_moons(num, noise=noise, random_state=seed)
-    return ((x - [0.5, 0.25]) / [0.87, 0.5]).astype(np.float32)
+    return ((np.asarray(x) - [0.5, 0.25]) / [0.87, 0.5]).astype(np.float32)
 
 
 def main(config: Config) -> dict[str, Any]:

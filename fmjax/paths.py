@@ -198,7 +198,7 @@ def velocity_to_x0(
 
 
 def x0_to_velocity(path: AffinePath, t: jax.Array, x_t: jax.Array, x0: jax.Array) -> jax.Array:
-    """u = (alpha' x_t - W x0) / alpha. Refused where alpha = 0 or W is infinite. See `velocity_to_x1`."""
+    """u = (alpha' x_t - W x0) / alpha. Refused where alpha = 0 or W is infinite."""
     t, alpha, _, alpha_dot, _, w = _schedule_with_w(path, t)
     return _convert("x0_to_velocity", t, alpha_dot / alpha, x_t, -w / alpha, x0)
 
@@ -218,7 +218,7 @@ def velocity_to_score(
 def score_to_velocity(
     path: AffinePath, t: jax.Array, x_t: jax.Array, score: jax.Array
 ) -> jax.Array:
-    """u = (alpha' x_t + sigma W s) / alpha. Refused where alpha = 0 or W is infinite. See `velocity_to_x1`."""
+    """u = (alpha' x_t + sigma W s) / alpha. Refused where alpha = 0 or W is infinite."""
     t, alpha, sigma, alpha_dot, _, w = _schedule_with_w(path, t)
     return _convert("score_to_velocity", t, alpha_dot / alpha, x_t, sigma * w / alpha, score)
 

@@ -149,9 +149,9 @@ def pmap_train_step(train_step: TrainStep, devices: Devices | None = None) -> Tr
 
     Returns:
       A step of the same arguments as the jit road's: an unstacked state (donated), a key, and a
-      batch `[batch, ...]` of host arrays, which is split here into `[devices, batch / devices,
-      ...]`. The state that comes back is replicated, also unstacked. A first state that is not
-      replicated yet costs a second trace.
+      batch `[batch, ...]`, of host arrays or sharded as by `shard_batch`, which is split here into
+      `[devices, batch / devices, ...]`. The state that comes back is replicated, also unstacked. A
+      first state that is not replicated yet costs a second trace.
 
     Raises:
       ValueError: when called, if the devices can't share the batch equally.

@@ -5,7 +5,7 @@ Time runs from the source at t = 0 to the data at t = 1. A batch is always there
 training gives it), so that `t.shape` is a prefix of `x.shape`.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,11 @@ class PathSample(NamedTuple):
 class Velocity(Protocol):
     """`velocity(t, x) -> u`: any callable. Parameters and conditions are closed over.
 
-    `t` is `[]` or `[batch]`; `x` and the returned `u` are `[batch, *event]`.
+    `t` is `[]` or `[batch]`; `x` and the returned `u` are arrays `[batch, *event]`.
     """
 
-    def __call__(self, t: jax.Array, x: jax.Array, /) -> jax.Array: ...
+    # Any, not jax.Array: Flax declares what `model.apply` returns that loosely.
+    def __call__(self, t: jax.Array, x: jax.Array, /) -> Any: ...
 
 
 class Coupling(Protocol):
