@@ -115,7 +115,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
             "sampler": f"Tsit5, tolerance {config.sample_tolerance:g}, EMA parameters",
             "images_per_second": rate,
             "wall_seconds": round(run.seconds, 1),
-            "samples": str(grid),
+            "samples": str(grid.relative_to(run.folder)),
         }
         run.finish(summary)
     return summary

@@ -115,7 +115,7 @@ def main(config: Config) -> dict[str, Any]:
             "sampler": "Tsit5, tolerance 1e-5, EMA parameters",
             "images_per_second": rate,
             "wall_seconds": round(run.seconds, 1),
-            "samples": str(picture),
+            "samples": str(picture.relative_to(run.folder)),
         }
         run.finish(summary)
     return summary

@@ -23,16 +23,13 @@ Sources: Lipman et al. 2022, arXiv 2210.02747 (sections 3 and 4); Tong et al. 20
 2302.00482; Lipman et al. 2024, arXiv 2412.06264 (section 4.8 and table 1 for the conversions).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from .types import PathSample, Velocity, broadcast_time, check_same_shape, wider
-
-Schedule = Callable[[jax.Array], jax.Array]
+from ._affine import Schedule, combine, convert, refuse_singular, schedule, schedule_with_w
+from .types import PathSample, Velocity, broadcast_time, check_same_shape
 
 
 class AffinePath(NamedTuple):
@@ -159,9 +156,9 @@ def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) ->
       Array([0.5, 0.5, 0.5], dtype=float32)
     """
     check_same_shape("x0 and x1", x0, x1)
-    t, alpha, sigma, alpha_dot, sigma_dot = _schedule(path, t)
-    _refuse_singular("sample_path", t, alpha_dot, sigma_dot)
-    return PathSample(t, _combine(alpha, x1, sigma, x0), _combine(alpha_dot, x1, sigma_dot, x0))
+    t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
+    refuse_singular("sample_path", t, alpha_dot, sigma_dot)
+    return PathSample(t, combine(alpha, x1, sigma, x0), combine(alpha_dot, x1, sigma_dot, x0))
 
 
 def velocity_to_x1(
@@ -176,14 +173,14 @@ def velocity_to_x1(
       ValueError: if the shapes disagree, or at a concrete `t` where the formula has no finite value
         (here where W = 0, as for `polynomial(2)` at t = 0, or sigma' is infinite).
     """
-    t, _, sigma, _, sigma_dot, w = _schedule_with_w(path, t)
-    return _convert("velocity_to_x1", t, -sigma_dot / w, x_t, sigma / w, velocity)
+    t, _, sigma, _, sigma_dot, w = schedule_with_w(path, t)
+    return convert("velocity_to_x1", t, -sigma_dot / w, x_t, sigma / w, velocity)
 
 
 def x1_to_velocity(path: AffinePath, t: jax.Array, x_t: jax.Array, x1: jax.Array) -> jax.Array:
     """u = (sigma' x_t + W x1) / sigma. Refused where sigma = 0. See `velocity_to_x1`."""
-    t, _, sigma, _, sigma_dot, w = _schedule_with_w(path, t)
-    return _convert("x1_to_velocity", t, sigma_dot / sigma, x_t, w / sigma, x1)
+    t, _, sigma, _, sigma_dot, w = schedule_with_w(path, t)
+    return convert("x1_to_velocity", t, sigma_dot / sigma, x_t, w / sigma, x1)
 
 
 def velocity_to_x0(
@@ -193,14 +190,14 @@ def velocity_to_x0(
 
     Refused where W = 0 or sigma' is infinite. See `velocity_to_x1`.
     """
-    t, alpha, _, alpha_dot, _, w = _schedule_with_w(path, t)
-    return _convert("velocity_to_x0", t, alpha_dot / w, x_t, -alpha / w, velocity)
+    t, alpha, _, alpha_dot, _, w = schedule_with_w(path, t)
+    return convert("velocity_to_x0", t, alpha_dot / w, x_t, -alpha / w, velocity)
 
 
 def x0_to_velocity(path: AffinePath, t: jax.Array, x_t: jax.Array, x0: jax.Array) -> jax.Array:
     """u = (alpha' x_t - W x0) / alpha. Refused where alpha = 0 or W is infinite."""
-    t, alpha, _, alpha_dot, _, w = _schedule_with_w(path, t)
-    return _convert("x0_to_velocity", t, alpha_dot / alpha, x_t, -w / alpha, x0)
+    t, alpha, _, alpha_dot, _, w = schedule_with_w(path, t)
+    return convert("x0_to_velocity", t, alpha_dot / alpha, x_t, -w / alpha, x0)
 
 
 def velocity_to_score(
@@ -210,17 +207,17 @@ def velocity_to_score(
 
     Refused where W sigma is 0 (t = 1 without sigma_min) or infinite. See `velocity_to_x1`.
     """
-    t, alpha, sigma, alpha_dot, _, w = _schedule_with_w(path, t)
+    t, alpha, sigma, alpha_dot, _, w = schedule_with_w(path, t)
     scale = 1 / (w * sigma)
-    return _convert("velocity_to_score", t, -alpha_dot * scale, x_t, alpha * scale, velocity)
+    return convert("velocity_to_score", t, -alpha_dot * scale, x_t, alpha * scale, velocity)
 
 
 def score_to_velocity(
     path: AffinePath, t: jax.Array, x_t: jax.Array, score: jax.Array
 ) -> jax.Array:
     """u = (alpha' x_t + sigma W s) / alpha. Refused where alpha = 0 or W is infinite."""
-    t, alpha, sigma, alpha_dot, _, w = _schedule_with_w(path, t)
-    return _convert("score_to_velocity", t, alpha_dot / alpha, x_t, sigma * w / alpha, score)
+    t, alpha, sigma, alpha_dot, _, w = schedule_with_w(path, t)
+    return convert("score_to_velocity", t, alpha_dot / alpha, x_t, sigma * w / alpha, score)
 
 
 def marginal_velocity(path: AffinePath, data: jax.Array) -> Velocity:
@@ -260,54 +257,3 @@ def marginal_velocity(path: AffinePath, data: jax.Array) -> Velocity:
         return x1_to_velocity(path, t, x, jax.vmap(posterior_mean)(alpha, sigma, x))
 
     return velocity
-
-
-def _schedule(path: AffinePath, t: jax.Array) -> tuple[jax.Array, ...]:
-    """t as a floating-point array, then alpha, sigma, alpha' and sigma' there."""
-    t = jnp.asarray(t)
-    if not jnp.issubdtype(t.dtype, jnp.floating):
-        t = t.astype(jnp.float32)
-
-    def both(t: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.broadcast_to(jnp.asarray(f(t), t.dtype), t.shape) for f in path)
-
-    (alpha, sigma), (alpha_dot, sigma_dot) = jax.jvp(both, (t,), (jnp.ones_like(t),))
-    return t, alpha, sigma, alpha_dot, sigma_dot
-
-
-def _schedule_with_w(path: AffinePath, t: jax.Array) -> tuple[jax.Array, ...]:
-    t, alpha, sigma, alpha_dot, sigma_dot = _schedule(path, t)
-    w = alpha_dot * sigma - alpha * sigma_dot
-    # The reciprocal of an infinite W would be a silent zero.
-    return t, alpha, sigma, alpha_dot, sigma_dot, jnp.where(jnp.isfinite(w), w, jnp.nan)
-
-
-def _combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
-    """a x + b y, with a and b functions of time, computed in the wider dtype, returned in x's."""
-    dtype = wider(a.dtype, x.dtype)
-    a, b = broadcast_time(a, x).astype(dtype), broadcast_time(b, x).astype(dtype)
-    return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
-
-
-def _convert(
-    name: str, t: jax.Array, a: jax.Array, x_t: jax.Array, b: jax.Array, value: jax.Array
-) -> jax.Array:
-    check_same_shape("x_t and the value to convert", x_t, value)
-    broadcast_time(t, x_t)  # a wrong shape is named before a singular value
-    _refuse_singular(name, t, a, b)
-    return _combine(a, x_t, b, value)
-
-
-def _refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array) -> None:
-    """Refuses a concrete t at which a coefficient is infinite or undefined."""
-    if any(isinstance(c, Tracer) for c in coefficients):
-        return
-    for c in coefficients:
-        finite = jnp.isfinite(c)
-        if not finite.all():
-            raise ValueError(
-                f"{name} has no finite value where this path is singular; got t = "
-                f"{jnp.ravel(t)[jnp.argmin(jnp.ravel(finite))]}. Stay inside (0, 1), for instance "
-                "t in [1e-5, 1 - 1e-5], or use a path without the singularity, such as "
-                "cond_ot(sigma_min=1e-4)."
-            )

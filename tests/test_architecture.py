@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 # a change of the floor plan: add it only if it points down.
 ARROWS = {
     "types": set(),
-    "paths": {"types"},
+    "_affine": {"types"},
+    "paths": {"_affine", "types"},
     "couplings": {"types"},
     "times": {"types"},
     "losses": {"types"},

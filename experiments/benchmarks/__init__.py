@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print figures; what they printed is kept in results/."""
