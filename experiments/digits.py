@@ -16,18 +16,17 @@ class Config(ImageConfig):
     """Flow matching on scikit-learn's 8x8 digits."""
 
     workdir: pathlib.Path = pathlib.Path("runs/digits")
-    num_steps: int = 3000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    num_steps: int = 800
+    batch_size: int = 64
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
-    ema_decay: float = 0.995
-    checkpoint_every: int = 1000
+    ema_decay: float = 0.99
+    checkpoint_every: int = 400
     model: UNetConfig = UNetConfig(
         channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,), head_channels=32
     )
     eval_examples: int = 297
     eval_batch_size: int = 99
-    eval_probes: int = 4
 
 
 def main(config: Config) -> None:

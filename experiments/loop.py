@@ -86,8 +86,8 @@ def train(
       None if there were fewer than two steps to take.
 
     Raises:
-      FloatingPointError: at a loss that is not finite; nothing after the last good checkpoint is
-        saved.
+      FloatingPointError: at a loss or a gradient that is not finite; nothing after the last good
+        checkpoint is saved.
     """
     config, state = run.config, run.restore(state)
     start = int(state.step)
@@ -105,10 +105,12 @@ def train(
     def fetch(step: int, metrics: training.Metrics) -> None:
         nonlocal last, logged
         metrics = jax.device_get(metrics)
-        if not math.isfinite(metrics.loss):
+        # The gradient as well: it made the state that would be saved next.
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm)):
             raise FloatingPointError(
-                f"The loss of step {step} is {metrics.loss}. The run stops; the checkpoints in "
-                f"{run.folder} are from before. A lower --learning-rate is the usual mend."
+                f"The loss of step {step} is {metrics.loss}, its gradient's norm "
+                f"{metrics.gradient_norm}. The run stops; the checkpoints in {run.folder} are from "
+                "before. A lower --learning-rate is the usual mend."
             )
         if step % config.log_every == 0 or step == config.num_steps:
             now = time.perf_counter()

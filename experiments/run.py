@@ -14,12 +14,14 @@ A run that is started again in its folder goes on from the last checkpoint.
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 import tensorboardX
@@ -30,6 +32,8 @@ from fmjax import checkpoints, sharding, training
 PATHS = {"cond_ot": fm.cond_ot(), "cosine": fm.cosine(), "linear_vp": fm.linear_vp(), "vp": fm.vp()}
 COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
 TIMES = {"uniform": fm.uniform, "logit_normal": fm.logit_normal(), "edm_skewed": fm.edm_skewed()}
+# The velocity's square has no mean over times up to 1 where the slope of sigma is infinite.
+T_MAX = {"linear_vp": 0.999, "vp": 0.999}
 
 # Flags that may change when a run goes on: they leave what has been trained as it is.
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every"})
@@ -74,9 +78,14 @@ class RunConfig:
 def check(config: RunConfig) -> None:
     """Refuses flags that can't work, before anything is loaded or compiled."""
     for name, value in vars(config).items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and value <= 0 and name not in ("seed", "warmup_steps", "ema_decay"):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {value}.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        may_be_zero = name in ("seed", "warmup_steps", "ema_decay", "noise")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            rule = "zero or more" if may_be_zero else "positive"
+            raise ValueError(f"--{name.replace('_', '-')} must be {rule}; got {value}.")
+    if config.ema_decay > 1:
+        raise ValueError(f"--ema-decay must lie in [0, 1]; got {config.ema_decay}.")
     sharding.check_batch_size(config.batch_size, jax.device_count())
 
 
@@ -89,7 +98,8 @@ class Run:
     """An open run folder. Use it as a context manager: leaving it finishes what is being written.
 
     Raises:
-      ValueError: if the folder holds a run with other flags; it lists those that differ.
+      ValueError: if the folder holds a run with other flags, which are listed, or one that is
+        further than `num_steps`, or if another process is running there.
     """
 
     def __init__(self, experiment: str, config: RunConfig):
@@ -97,11 +107,14 @@ class Run:
         self.config = config
         self._flags = flags(config)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
         self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
             checkpoints.check_config(self._manager, self._flags, free=FREE)
+            self._check_num_steps()
         except ValueError:
             self._manager.close()
+            self._lock.close()
             raise
         record = {"experiment": experiment, "config": self._flags} | _environment(config)
         write_json(self.folder / "config.json", record)
@@ -115,6 +128,15 @@ class Run:
         if self._writer is not None:
             self._writer.close()
         self._manager.close()
+        self._lock.close()
+
+    def _check_num_steps(self) -> None:
+        step = checkpoints.latest_step(self._manager) or 0
+        if step > self.config.num_steps:
+            raise ValueError(
+                f"--num-steps must be at least the {step} steps that {self.folder} has done; got "
+                f"{self.config.num_steps}. Take another --workdir for a shorter run."
+            )
 
     def restore(self, state: training.TrainState) -> training.TrainState:
         """The latest checkpoint, or `state` where there is none; metrics after it are dropped."""
@@ -126,7 +148,7 @@ class Run:
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         _replace(self.folder / "metrics.jsonl", lines)
         self._writer = tensorboardX.SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=step + 1 if step else None
+            str(self.folder / "tensorboard"), purge_step=step + 1
         )
         return state
 
@@ -152,12 +174,45 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json and says where everything is."""
         path = self.folder / "summary.json"
+        if summary["images_per_second"] is None and path.exists():  # no step was taken this time
+            old = json.loads(path.read_text())
+            summary |= {"images_per_second": old.get("images_per_second")}
         write_json(path, summary)
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         print(f"\nRun folder  {self.folder}")
         for name in ("samples", "loss.png", "summary.json", "metrics.jsonl", "checkpoints"):
             print(f"  {self.folder / name}")
-        print(f"  tensorboard --logdir {self.folder / 'tensorboard'}")
+        print(
+            f"  {self.folder / 'tensorboard'}  (pip install tensorboard; tensorboard --logdir ...)"
+        )
+
+
+def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.PathSample:
+    """Noise, its pairing with the data, times and the point on the path, as the flags say.
+
+    Args:
+      config: the run's flags.
+      key: random key.
+      x1: data, `[batch, *event]`.
+    """
+    key_x0, key_pair, key_t = jax.random.split(key, 3)
+    x0 = COUPLINGS[config.coupling](key_pair, jax.random.normal(key_x0, x1.shape), x1)
+    t = T_MAX.get(config.path, 1.0) * TIMES[config.times](key_t, x1.shape[:1])
+    return fm.sample_path(PATHS[config.path], x0, x1, t)
+
+
+def _lock(folder: pathlib.Path) -> TextIO:
+    """Holds the folder for this process; the system lets go of it however the process ends."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"A run folder is one process's at a time; another is running in {folder}. Wait for "
+            "it, or take another --workdir."
+        ) from None
+    return file
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

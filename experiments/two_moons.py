@@ -16,7 +16,7 @@ from sklearn import datasets
 
 import fmjax as fm
 from experiments import loop, plots
-from experiments.run import COUPLINGS, PATHS, TIMES, Run, RunConfig, check
+from experiments.run import Run, RunConfig, check, draw_path_sample
 from fmjax import models, training
 
 
@@ -68,18 +68,13 @@ def main(config: Config) -> dict[str, Any]:
     )
     key_params, key_train, key_x0 = jax.random.split(jax.random.key(config.seed), 3)
 
-    def draw(key: jax.Array, x1: jax.Array) -> fm.PathSample:
-        key_x0, key_pair, key_t = jax.random.split(key, 3)
-        x0 = COUPLINGS[config.coupling](key_pair, jax.random.normal(key_x0, x1.shape), x1)
-        return fm.sample_path(PATHS[config.path], x0, x1, TIMES[config.times](key_t, x1.shape[:1]))
-
     def loss_fn(params: Any, key: jax.Array, path_sample: fm.PathSample) -> jax.Array:
         return jnp.mean(fm.cfm_loss(functools.partial(model.apply, params), path_sample))
 
     with Run("two_moons", config) as run:
         init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, 2)))
         state = loop.init_state(init, key_params, tx)
-        step_fn = loop.make_step(config, draw, loss_fn, tx)
+        step_fn = loop.make_step(config, functools.partial(draw_path_sample, config), loss_fn, tx)
         state, rate = loop.train(run, state, step_fn, key_train, x1)
         plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
         velocity = functools.partial(model.apply, jax.device_get(state.ema_params))

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .types import Velocity, check_same_shape
+
 _TOLERANCE = 1e-5
 _FIRST_STEP = 0.01
 
@@ -78,6 +80,17 @@ def solve(
     num_evaluations = at_start + per_step * solution.stats["num_steps"]
     y = _raise_on_failure(y, solution.result, reached[-1], t0, t1, max_steps)
     return t, y, num_evaluations
+
+
+def checked(velocity: Velocity, dtype: jnp.dtype) -> Velocity:
+    """The velocity in `dtype`, refused where its shape is not that of x: nothing is broadcast."""
+
+    def call(t: jax.Array, x: jax.Array) -> jax.Array:
+        u = jnp.asarray(velocity(t, x))
+        check_same_shape("x and the velocity there", x, u)
+        return u.astype(dtype)
+
+    return call
 
 
 def _check_num_steps(

@@ -39,6 +39,9 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     The permutation pi minimises sum_i |x0[pi(i)] - x1[i]|^2. It runs inside `jax.jit`, on the
     device; its cost grows with batch^3 and it is sequential, so measure it at large batches.
 
+    x0 and x1 are no longer independent then: a velocity trained on such pairs gives samples and
+    likelihoods, but `velocity_to_score` of it is not the score.
+
     Args:
       key: not used, since the optimum needs no randomness.
       x0: source, `[batch, *event]`.

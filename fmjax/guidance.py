@@ -1,7 +1,7 @@
 """Guidance: functions from velocities to a velocity.
 
 The score of p(x | c)^scale p(x)^(1 - scale) is a straight combination of two scores, and for an
-affine path so is the velocity: u + scale (c - u).
+affine path and independent pairs so is the velocity: u + scale (c - u).
 """
 
 import jax

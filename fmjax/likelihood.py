@@ -17,8 +17,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import solve
-from .types import Divergence, SourceLogProb, Velocity, wider
+from ._solve import checked, solve
+from .types import Divergence, SourceLogProb, Velocity, as_floating, wider
 
 
 def standard_normal_log_prob(x: jax.Array) -> jax.Array:
@@ -117,7 +117,8 @@ def log_prob(
 ) -> jax.Array:
     """log p_1(x1): the flow is solved from `x1` at `t1` back to the source at `t0`.
 
-    Differentiable with respect to `x1` and to whatever `velocity` closes over.
+    Differentiable with respect to `x1` and to whatever `velocity` closes over. Wrap it in
+    `jax.jit`: outside of it every call compiles anew.
 
     Args:
       velocity: `(t, x) -> u`. Activations with continuous second derivatives (SiLU, GELU, tanh)
@@ -185,11 +186,12 @@ def _solve_with_divergence(
     adjoint: diffrax.AbstractAdjoint,
 ) -> tuple[jax.Array, jax.Array]:
     """The state at `t_end`, and the integral of the divergence from `t_start` to `t_end`."""
+    x = as_floating("x", x)
     dtype = wider(x.dtype, jnp.float32)
     y_start = (x.astype(dtype), jnp.zeros(x.shape[:1], dtype))
 
     def vector_field(t: jax.Array, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        return divergence(lambda t, x: velocity(t, x).astype(dtype), t, y[0])
+        return divergence(checked(velocity, dtype), t, y[0])
 
     _, (x_end, log_det), _ = solve(
         vector_field,

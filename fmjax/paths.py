@@ -15,6 +15,10 @@ W = alpha' sigma - alpha sigma' the six conversions are
     x0 = (alpha' x_t - alpha u) / W           u = (alpha' x_t - W x0) / alpha
     s  = (alpha u - alpha' x_t) / (W sigma)   u = (alpha' x_t + sigma W s) / alpha
 
+The conversions to and from x0 and x1 hold for every coupling. Those of the score also need x0
+independent of x1 (`couplings.independent`): after `minibatch_ot` the expectation of -x0 / sigma
+is not the score of the marginal.
+
 Each is as good as its coefficients. Where sigma = 0 (usually t = 1), alpha = 0 (t = 0) or sigma' is
 infinite (`vp` and `linear_vp` at t = 1) some have no finite value: a concrete `t` there is refused
 with a ValueError, and a traced one gives NaN or infinity.
@@ -29,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from ._affine import Schedule, combine, convert, refuse_singular, schedule, schedule_with_w
-from .types import PathSample, Velocity, broadcast_time, check_same_shape
+from .types import PathSample, Velocity, as_floating, broadcast_time, check_same_shape
 
 
 class AffinePath(NamedTuple):
@@ -72,7 +76,8 @@ def cond_ot(sigma_min: float = 0.0) -> AffinePath:
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> AffinePath:
     """Variance preserving (DDPM's): alpha = exp(-T(1 - t) / 2), sigma = sqrt(1 - alpha^2).
 
-    T(s) = beta_min s + (beta_max - beta_min) s^2 / 2. The slope of sigma is infinite at t = 1.
+    T(s) = beta_min s + (beta_max - beta_min) s^2 / 2. The slope of sigma is infinite at t = 1, and
+    the mean of |u_t|^2 over times up to 1 diverges: draw training times below 1, t <= 0.999 say.
 
     Args:
       beta_min: the noise rate at the data.
@@ -102,7 +107,8 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> AffinePath:
 def linear_vp() -> AffinePath:
     """Variance preserving with a linear alpha: alpha = t, sigma = sqrt(1 - t^2).
 
-    The slope of sigma is infinite at t = 1.
+    The slope of sigma is infinite at t = 1, and the mean of |u_t|^2 over times up to 1 diverges:
+    draw training times below 1, t <= 0.999 say.
     """
     return AffinePath(alpha=lambda t: t, sigma=lambda t: jnp.sqrt((1 - t) * (1 + t)))
 
@@ -148,13 +154,15 @@ def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) ->
       `PathSample(t, x_t, u_t)`; `x_t` and `u_t` are `[batch, *event]` in the dtype of `x1`.
 
     Raises:
-      ValueError: if the shapes disagree, if `t.shape` is no prefix of `x1.shape`, or where a
-        concrete `t` meets an infinite slope of alpha or sigma (a traced one gives infinity there).
+      ValueError: if the shapes disagree, if `t.shape` is no prefix of `x1.shape`, if the data are
+        integers, or where a concrete `t` meets an infinite slope of alpha or sigma (a traced one
+        gives infinity there).
 
     Example:
       >>> sample_path(cond_ot(), jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0.0, 0.5])).x_t[1]
       Array([0.5, 0.5, 0.5], dtype=float32)
     """
+    x0, x1 = as_floating("x0", x0), as_floating("x1", x1)
     check_same_shape("x0 and x1", x0, x1)
     t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
     refuse_singular("sample_path", t, alpha_dot, sigma_dot)
@@ -203,7 +211,10 @@ def x0_to_velocity(path: AffinePath, t: jax.Array, x_t: jax.Array, x0: jax.Array
 def velocity_to_score(
     path: AffinePath, t: jax.Array, x_t: jax.Array, velocity: jax.Array
 ) -> jax.Array:
-    """s = (alpha u - alpha' x_t) / (W sigma), the gradient of log p_t for a marginal velocity.
+    """s = (alpha u - alpha' x_t) / (W sigma).
+
+    For a marginal velocity of independent pairs it is the gradient of log p_t; not after
+    `minibatch_ot`.
 
     Refused where W sigma is 0 (t = 1 without sigma_min) or infinite. See `velocity_to_x1`.
     """

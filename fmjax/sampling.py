@@ -4,6 +4,11 @@ Solvers, step-size controllers and adjoints are Diffrax's own objects. A solve e
 `num_steps` equal steps or is adaptive; by default `PIDController(rtol=1e-5, atol=1e-5)`. A batch
 shares one adaptive step, its error measured over the whole batch.
 
+Wrap a solve in `jax.jit`: outside of it every call compiles anew, since the velocity may have
+changed with what it closes over. A function of the parameters compiles once for all of them:
+
+    draw = jax.jit(lambda params, x0: sample(functools.partial(model.apply, params), x0))
+
 `num_evaluations` is the true cost: every call of the velocity, those of rejected steps included.
 """
 
@@ -13,8 +18,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import solve
-from .types import Velocity, wider
+from ._solve import checked, solve
+from .types import Velocity, as_floating, wider
 
 
 class Trajectory(NamedTuple):
@@ -65,7 +70,8 @@ def integrate(
 
     Raises:
       ValueError: `num_steps` together with a controller; `num_steps < 1`; neither with a solver
-        that has no error estimate; a solver whose evaluations are not known; bad `ts`.
+        that has no error estimate; a solver whose evaluations are not known; bad `ts`; a velocity
+        of another shape than x.
       RuntimeError: by the solve, if `max_steps` were taken or the state or the velocity is not
         finite; it says at which time.
 
@@ -73,9 +79,10 @@ def integrate(
       >>> integrate(lambda t, x: -x, jnp.ones((1, 2)), solver=diffrax.Heun(), num_steps=10).x.shape
       (1, 1, 2)
     """
+    x0 = as_floating("x0", x0)
     dtype = wider(x0.dtype, jnp.float32)
     t, x, num_evaluations = solve(
-        lambda t, x: velocity(t, x).astype(dtype),
+        checked(velocity, dtype),
         x0.astype(dtype),
         t0=t0,
         t1=t1,

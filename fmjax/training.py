@@ -82,8 +82,8 @@ def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainStat
       >>> int(state.step)
       0
     """
-    # A copy: were it an alias, a donated state would hold one buffer twice, which XLA refuses.
-    ema_params = jax.tree.map(jnp.copy, params)
+    # Copies: a donated state must not hold one buffer twice, nor take the caller's own.
+    params, ema_params = (jax.tree.map(jnp.copy, params) for _ in range(2))
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
 
 
@@ -127,6 +127,7 @@ def make_train_step(
       1.0
     """
     ema_weight = _ema_weight(ema_decay)
+    tx = optax.with_extra_args_support(tx)  # `value` is for those that look at the loss
 
     def mean(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
@@ -142,7 +143,7 @@ def make_train_step(
         # sum over the axis already, pmap's and vmap's is each replica's own. This is right for all.
         loss, gradients = jax.value_and_grad(global_loss)(state.params, key_step, batch)
         gradients = mean(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, ema_weight(state.step))
         # A schedule's float32 decay would turn a bfloat16 average into a float32 one.
@@ -172,10 +173,15 @@ def adam(
     Returns:
       An Optax transformation with Adam's default decays (0.9, 0.999).
 
+    Raises:
+      ValueError: if `warmup_steps` is negative.
+
     Example:
       >>> tx = adam(2e-4, warmup_steps=5000, clip_norm=1.0)
     """
     # optax.linear_schedule over zero steps would stay at its first value, zero.
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps can't be negative; got {warmup_steps}. 0 is no warm-up.")
     schedule = (
         optax.linear_schedule(0.0, learning_rate, warmup_steps)
         if warmup_steps
@@ -205,6 +211,6 @@ def _learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
     rates = optax.tree.get_all_with_path(
         opt_state,
         "learning_rate",
-        filtering=lambda path, _: getattr(path[-2], "name", "") == "hyperparams",
+        filtering=lambda path, _: len(path) > 1 and getattr(path[-2], "name", "") == "hyperparams",
     )
     return rates[0][1] if len(rates) == 1 else jnp.nan

@@ -99,6 +99,17 @@ def check_same_shape(what: str, a: jax.Array, b: jax.Array) -> None:
         )
 
 
+def as_floating(what: str, x: jax.Array) -> jax.Array:
+    """`x` as a JAX array; refuses integers, such as pixels that nobody has scaled."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} must be floating; got {x.dtype}. Pixels want fmjax.pixels.dequantize, other "
+            "integers .astype(float)."
+        )
+    return x
+
+
 def wider(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
     """The floating-point dtype with more bits; unlike a promotion, also under strict promotion."""
     return max(jnp.dtype(a), jnp.dtype(b), key=lambda dtype: jnp.finfo(dtype).bits)

@@ -28,7 +28,7 @@ ARROWS = {
     "times": {"types"},
     "losses": {"types"},
     "guidance": {"types"},
-    "_solve": set(),
+    "_solve": {"types"},
     "sampling": {"_solve", "types"},
     "likelihood": {"_solve", "types"},
     "models": {"models.mlp", "models.unet"},

@@ -81,6 +81,8 @@ class MLP(nn.Module):
                 f"x {x.dtype} {x.shape} and features={tuple(self.features)}. A single vector "
                 "needs x[None], and an image x.reshape(batch, -1) or models.UNet."
             )
+        if self.time_features < 2:
+            raise ValueError(f"time_features must be at least 2; got {self.time_features}.")
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
         dtypes = Dtypes(dtype=dtype, param_dtype=self.param_dtype)
         t = broadcast_time(t, x).reshape(-1)
