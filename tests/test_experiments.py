@@ -154,18 +154,28 @@ def test_another_configuration_is_refused(tmp_path):
         two_moons.main(moons(tmp_path, num_steps=2, learning_rate=0.1))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+def nan_loss(n):
+    return n * jnp.nan
+
+
+def nan_gradient(n):
+    return n + jnp.sqrt(0 * n)  # the value is finite, the slope of sqrt at 0 times 0 is not
+
+
+@pytest.mark.parametrize("broken", [nan_loss, nan_gradient])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken):
     config = moons(tmp_path, num_steps=10, checkpoint_every=2)
     tx = training.adam(1e-3)
 
     def loss_fn(params, key, x):
-        # The fourth step's state has seen three updates.
-        return jnp.where(params["n"] < -2.5e-3, jnp.nan, params["n"] + 0 * x.sum())
+        # Adam moves n by 1e-3 a step, so the fourth step is the first below -2.5e-3.
+        n = params["n"]
+        return jax.lax.cond(n < -2.5e-3, broken, lambda n: n, n) + 0 * x.sum()
 
     with Run("nan", config) as run:
         state = loop.init_state(lambda key: {"n": jnp.zeros(())}, jax.random.key(0), tx)
         step_fn = loop.make_step(config, lambda key, x: x, loss_fn, tx)
-        with pytest.raises(FloatingPointError, match="step 4 is nan"):
+        with pytest.raises(FloatingPointError, match="step 4 "):
             loop.train(run, state, step_fn, jax.random.key(0), np.ones((64, 2), np.float32))
     assert final_state(tmp_path)[0] == 2  # the good one; the fourth step's was not saved
 
@@ -176,6 +186,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         ({"batch_size": 12}, "multiple of the number of devices"),
         ({"num_steps": 0}, "--num-steps must be positive"),
         ({"eval_examples": -1}, "--eval-examples must be positive"),
+        ({"warmup_steps": -5}, "--warmup-steps must be zero or more"),
+        ({"ema_decay": 1.5}, "--ema-decay"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
     ],
 )
 def test_bad_flags_are_refused_before_any_work(tmp_path, change, message):

@@ -280,3 +280,16 @@ def test_forward_mode_with_the_direct_adjoint():
 
     x1, tangent = jit(lambda a: jax.jvp(flow, (a,), (jnp.ones_like(a),)))(jnp.asarray(0.7))
     np.testing.assert_allclose(tangent, np.sin(1.0) * x1, rtol=2e-5)
+
+
+@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob])
+@pytest.mark.parametrize("velocity", [lambda t, x: x[:, :1], lambda t, x: x[0], lambda t, x: 1.0])
+def test_a_velocity_of_another_shape_is_refused_not_broadcast(solve, velocity):
+    with pytest.raises(ValueError, match="one shape"):
+        solve(velocity, jnp.ones((2, 2)), num_steps=1)
+
+
+@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob])
+def test_integers_are_refused(solve):
+    with pytest.raises(ValueError, match="must be floating; got uint8"):
+        solve(lambda t, x: x, jnp.ones((2, 2), jnp.uint8))

@@ -240,3 +240,26 @@ def test_replicas_draw_from_their_own_keys():
     own = [float(jax.random.normal(jax.random.fold_in(key, i))) for i in range(8)]
     assert len(set(own)) == 8
     np.testing.assert_allclose(mapped(state, KEY, jnp.zeros(8))[1].loss, np.mean(own), rtol=1e-6)
+
+
+def test_donation_leaves_the_callers_parameters_alone():
+    params, tx = {"w": jnp.ones(3)}, optax.sgd(0.1)
+    step = jax.jit(
+        training.make_train_step(lambda p, key, x: (p["w"] * x).sum(), tx), donate_argnums=0
+    )
+    step(training.init_train_state(params, tx), jax.random.key(0), jnp.ones(3))
+    np.testing.assert_array_equal(params["w"], np.ones(3))
+
+
+def test_a_transformation_that_looks_at_the_loss_is_given_it():
+    tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))
+    step = jax.jit(training.make_train_step(lambda p, key, x: 1.0 + 0 * p, tx))
+    state = training.init_train_state(jnp.zeros(()), tx)
+    for _ in range(4):
+        state, _ = step(state, jax.random.key(0), jnp.ones(1))
+    assert float(state.opt_state[1].scale) < 1  # the plateau was seen
+
+
+def test_a_negative_warm_up_is_refused():
+    with pytest.raises(ValueError, match="negative"):
+        training.adam(1e-3, warmup_steps=-5)

@@ -1,0 +1,127 @@
+"""The figures that experiments report, and what their flags draw, against independent ones."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+import fmjax as fm
+from experiments import digits, two_moons
+from experiments.images import ImageConfig, load, make_draw, measure_bits_per_dim
+from experiments.run import PATHS, Run
+from fmjax import checkpoints, data, models, pixels, training
+
+KEY = jax.random.key(7)
+
+
+class Still:
+    """A model whose velocity is zero: its flow leaves the standard normal where it is."""
+
+    def apply(self, params, t, x):
+        return jnp.zeros_like(x)
+
+
+def config(**kwargs):
+    return ImageConfig(workdir="unused", eval_examples=42, eval_batch_size=16, **kwargs)
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_bits_per_dim_of_a_standard_normal(levels):
+    images = np.random.default_rng(0).integers(0, levels, (50, 8, 8, 1), np.uint8)
+    images[42:] = 0  # beyond eval_examples: they must not count
+    dataset = data.ImageDataset(images, np.zeros(50, np.int32), 10, levels)
+    got = measure_bits_per_dim(Still(), config(), {}, dataset, KEY)
+    # -log2 of N(x; 0, 1) 2 / levels at x = 2 (v + u) / levels - 1, with E u = 1/2, E u^2 = 1/3.
+    v = images[:42].astype(np.float64)
+    square = 4 * (v**2 + v + 1 / 3) / levels**2 - 4 * (v + 0.5) / levels + 1
+    nats = 0.5 * square + 0.5 * np.log(2 * np.pi) - np.log(2 / levels)
+    expected = nats.mean((1, 2, 3)) / np.log(2)
+    # One draw of u per pixel: its part in the mean of 2,688 pixels is below 1e-2 / sqrt(2688).
+    np.testing.assert_allclose(got["bits_per_dim"], expected.mean(), atol=1e-3)
+    standard_error = expected.std(ddof=1) / np.sqrt(42)
+    np.testing.assert_allclose(got["bits_per_dim_standard_error"], standard_error, rtol=0.1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_path_flag_and_the_images(path):
+    images = load(config(), "train[:32]").images
+    drawn = make_draw(config(path=path), 17)(KEY, images)
+    x1 = fm.velocity_to_x1(PATHS[path], drawn.t, drawn.x_t, drawn.u_t)
+    # Another path's formula would not give the images back.
+    agree = np.asarray(pixels.quantize(x1, 17)) == images
+    assert agree.mean() > 0.99  # all but where rounding crosses a level
+
+
+def recovered(flags, images):
+    drawn = make_draw(config(**flags), 17)(KEY, images)
+    path = fm.cond_ot()
+    return [f(path, drawn.t, drawn.x_t, drawn.u_t) for f in (fm.velocity_to_x0, fm.velocity_to_x1)]
+
+
+def test_the_coupling_flag():
+    images = load(config(), "train[:32]").images
+    for coupling, optimal in (("independent", False), ("minibatch_ot", True)):
+        x0, x1 = (np.asarray(x).reshape(32, -1) for x in recovered({"coupling": coupling}, images))
+        cost = ((x0[:, None] - x1[None]) ** 2).sum(-1)
+        rows, columns = scipy.optimize.linear_sum_assignment(cost)
+        assert (rows == columns).all() == optimal
+
+
+def test_the_flip_flag():
+    images = load(config(), "train[:64]").images
+    x1 = np.asarray(pixels.quantize(recovered({"flip": True}, images)[1], 17)).astype(int)
+    straight = np.abs(x1 - images).mean((1, 2, 3)) < 0.1
+    mirrored = np.abs(x1 - images[:, :, ::-1]).mean((1, 2, 3)) < 0.1
+    assert (straight | mirrored).all() and 16 <= mirrored.sum() <= 48  # four standard deviations
+
+
+def test_the_times_flag():
+    images = load(config(), "train[:1000]").images
+    means = {
+        times: float(make_draw(config(times=times), 17)(KEY, images).t.mean())
+        for times in ("uniform", "logit_normal", "edm_skewed")
+    }
+    # E sigmoid(1.2 + 1.2 n) = 0.715; the standard error of 1000 draws is below 0.01.
+    np.testing.assert_allclose(list(means.values()), [0.5, 0.5, 0.715], atol=0.04)
+
+
+def test_the_log_likelihood_is_that_of_the_ema_on_held_out_points(tmp_path):
+    moons = two_moons.Config(
+        workdir=tmp_path, num_steps=30, batch_size=64, num_samples=50, eval_examples=200,
+        model=two_moons.MLPConfig(features=(16,)), ema_decay=0.9,
+    )  # fmt: skip
+    two_moons.main(moons)
+    model, tx = models.MLP(features=(16,)), training.adam(1.0)
+    params = model.init(KEY, jnp.zeros(()), jnp.zeros((1, 2)))
+    with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
+        state = checkpoints.restore(manager, training.init_train_state(params, tx))
+    held_out = two_moons.moons(200, 0.05, seed=1)
+    log_p = fm.log_prob(functools.partial(model.apply, state.ema_params), jnp.asarray(held_out))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    np.testing.assert_allclose(summary["log_likelihood"], log_p.mean(), rtol=1e-4)
+    train = two_moons.moons(50_000, 0.05, seed=0)
+    assert not (held_out[:, None] == train[None, :5000]).all(-1).any()
+
+
+def test_fewer_steps_than_a_folder_holds_are_refused(tmp_path):
+    tx = training.adam(1e-3)
+    state = training.init_train_state({"w": jnp.zeros(())}, tx)
+    moons = two_moons.Config(workdir=tmp_path, num_steps=30)
+    with Run("moons", moons) as run:
+        run.save(run.restore(state)._replace(step=jnp.asarray(30)), wait=True)
+    with pytest.raises(ValueError, match="at least the 30 steps"):
+        Run("moons", dataclasses.replace(moons, num_steps=20))
+
+
+def test_a_folder_takes_one_process_at_a_time(tmp_path):
+    first = digits.Config(workdir=tmp_path)
+    with Run("digits", first):
+        with pytest.raises(ValueError, match="another is running"):
+            Run("digits", first)
+    with Run("digits", first):  # and is free again afterwards
+        pass
