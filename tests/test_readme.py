@@ -1,5 +1,6 @@
 """The README's code and the notebook run; the README's figures are those of recorded runs."""
 
+import json
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import nbformat
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments/benchmarks/results"
 
 
 def test_the_readmes_python_runs():
@@ -45,3 +47,22 @@ def test_no_picture_in_the_readme_is_missing_or_large():
 
 def test_eight_devices():
     assert jax.device_count() == 8  # what the distributed tests rely on
+
+
+def test_the_results_are_those_of_the_recorded_runs():
+    rows = dict(
+        re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    )
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert rows.keys() == results.keys()
+    for name, summary in results.items():
+        key = "bits_per_dim" if "bits_per_dim" in summary else "log_likelihood"
+        figure = f"{summary[key]:.2f} ± {summary[f'{key}_standard_error']:.2f}"
+        minutes = f"{summary['wall_seconds'] / 60:.1f} min"
+        cells = [cell.strip() for cell in rows[name].split("|")]
+        assert cells[1:] == [
+            f"{summary['step']:,}",
+            minutes,
+            figure + (" bits/dim" if key == "bits_per_dim" else " nats"),
+            str(summary["num_evaluations"]),
+        ], name
