@@ -1,6 +1,9 @@
 """Handwritten digits of 8x8 pixels (scikit-learn's, nothing to download) with a small U-Net.
 
-python -m experiments.digits
+    python -m experiments.digits
+
+On two cores of a shared server: 1.6 minutes of training, 2.03 bits/dim (17 levels, held out,
+standard error 0.01); two and a half minutes from start to end.
 """
 
 import dataclasses
@@ -34,4 +37,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m experiments.digits", description=__doc__))

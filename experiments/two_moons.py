@@ -1,6 +1,9 @@
 """Two moons in the plane: an MLP, trajectories and the exact density, in seconds.
 
-python -m experiments.two_moons
+    python -m experiments.two_moons
+
+On two cores of a shared server: 10 seconds of training, -1.18 nats per held-out point (standard
+error 0.01); half a minute in all, compiling included.
 """
 
 import dataclasses
@@ -117,4 +120,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m experiments.two_moons", description=__doc__))
