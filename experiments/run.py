@@ -196,7 +196,12 @@ def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.Pat
       x1: data, `[batch, *event]`.
     """
     key_x0, key_pair, key_t = jax.random.split(key, 3)
-    x0 = COUPLINGS[config.coupling](key_pair, jax.random.normal(key_x0, x1.shape), x1)
+    x0 = jax.random.normal(key_x0, x1.shape)
+    if config.coupling != "independent":
+        # Whole on every device: the assignment is a loop, which would talk between them every turn.
+        whole = sharding.replicated(sharding.make_mesh())
+        x0, x1 = jax.lax.with_sharding_constraint((x0, x1), whole)
+    x0 = COUPLINGS[config.coupling](key_pair, x0, x1)
     t = T_MAX.get(config.path, 1.0) * TIMES[config.times](key_t, x1.shape[:1])
     return fm.sample_path(PATHS[config.path], x0, x1, t)
 
