@@ -40,8 +40,8 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     device; its cost grows with batch^3 and it is sequential, so measure it at large batches.
 
     On a mesh put both arrays whole on every device first, by `jax.lax.with_sharding_constraint` and
-    `fmjax.sharding.replicated(mesh)`: split, the loop communicates at every turn, which costs far more
-    than the pairing.
+    `fmjax.sharding.replicated(mesh)`: split, the loop communicates at every turn, which costs far
+    more than the pairing.
 
     x0 and x1 are no longer independent then: a velocity trained on such pairs gives samples and
     likelihoods, but `velocity_to_score` of it is not the score.
