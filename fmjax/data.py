@@ -194,9 +194,7 @@ def _builder(name: str, split: str, data_dir: str | os.PathLike | None) -> Any:
 def _read(builder: Any, split: str, rows: range) -> Iterator[dict[str, Any]]:
     """Examples with their images still encoded. Decoding them here rather than in TFDS is faster.
 
-    Measured from end to end on one core: 6,100 images/s against TFDS's 5,300 (32 x 32 JPEG), and
-    12,000 against 8,200 (28 x 28 PNG). Threads only slow it down: pictures so small keep them
-    waiting for the GIL.
+    Without threads: pictures so small would keep them waiting for the GIL.
     """
     import tensorflow_datasets as tfds
 

@@ -5,7 +5,7 @@
 
 Time enters through sines and cosines, as in Ho et al. (2020, arXiv 2006.11239), at angular
 frequencies from 1 to 30 per unit of t. They tell hundredths of [0, 1] apart and leave the velocity
-smooth in t; frequencies up to 1000 fitted a toy no better, and cost Tsit5 seven times the steps.
+smooth in t; frequencies up to 1000 would cost an adaptive solver many more steps.
 """
 
 from collections.abc import Callable, Sequence
