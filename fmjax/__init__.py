@@ -2,10 +2,13 @@
 
 from .couplings import independent as independent
 from .couplings import minibatch_ot as minibatch_ot
+from .divergences import exact_divergence as exact_divergence
+from .divergences import hutchinson_divergence as hutchinson_divergence
+from .divergences import hutchinson_estimates as hutchinson_estimates
 from .guidance import classifier_free_guidance as classifier_free_guidance
+from .likelihood import LogProb as LogProb
 from .likelihood import bits_per_dim as bits_per_dim
-from .likelihood import exact_divergence as exact_divergence
-from .likelihood import hutchinson_divergence as hutchinson_divergence
+from .likelihood import integrate_log_prob as integrate_log_prob
 from .likelihood import log_prob as log_prob
 from .likelihood import sample_and_log_prob as sample_and_log_prob
 from .likelihood import standard_normal_log_prob as standard_normal_log_prob

@@ -7,18 +7,34 @@ Along dx/dt = v(t, x), from the source (t = 0) to the data (t = 1), d/dt log p_t
 solved together with x, from the data back to the source in `log_prob`, forwards in
 `sample_and_log_prob`. Log-densities are in nats per example; only `bits_per_dim` speaks in bits.
 
-Sources: Chen et al. 2018, arXiv 1806.07366 (theorem 1); Grathwohl et al. 2018, arXiv 1810.01367
-(Hutchinson's estimator with a probe that stays fixed during the solve).
+Source: Chen et al. 2018, arXiv 1806.07366 (theorem 1).
 """
 
 import math
+from typing import NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 
 from ._solve import checked, solve
+from .divergences import exact_divergence
 from .types import Divergence, SourceLogProb, Velocity, as_floating, wider
+
+
+class LogProb(NamedTuple):
+    """A solved likelihood.
+
+    Attributes:
+      log_prob: log p_1(x1) in nats, `[batch]`; `[num_estimates, batch]` where the divergence gives
+        several estimates side by side.
+      x0: where the data came from, `[batch, *event]`.
+      num_evaluations: calls of the velocity together with its Jacobian products, `[]`, int32.
+    """
+
+    log_prob: jax.Array
+    x0: jax.Array
+    num_evaluations: jax.Array
 
 
 def standard_normal_log_prob(x: jax.Array) -> jax.Array:
@@ -26,79 +42,6 @@ def standard_normal_log_prob(x: jax.Array) -> jax.Array:
     event_size = math.prod(x.shape[1:])
     square = jnp.sum(jnp.square(x), axis=range(1, x.ndim))
     return -0.5 * (square + event_size * math.log(2 * math.pi))
-
-
-def exact_divergence(chunk_size: int = 16) -> Divergence:
-    """The trace of the Jacobian, one forward-mode product per dimension of the event.
-
-    Args:
-      chunk_size: how many products run at once. Memory grows with it, the result does not change;
-        time mostly shrinks with it until the machine is full.
-
-    Returns:
-      A divergence `(velocity, t, x) -> (u, div)`, for any event shape.
-
-    Raises:
-      ValueError: if `chunk_size < 1`.
-
-    Example:
-      >>> u, div = exact_divergence()(lambda t, x: 3 * x, jnp.zeros(()), jnp.ones((2, 4)))
-      >>> div
-      Array([12., 12.], dtype=float32)
-    """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
-
-    def divergence(velocity: Velocity, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u, jacobian_product = jax.linearize(lambda x: velocity(t, x), x)
-        batch, event_size = x.shape[0], math.prod(x.shape[1:])
-
-        def diagonal(i: jax.Array) -> jax.Array:
-            # Batch members don't see one another, so one tangent serves them all.
-            basis = jax.nn.one_hot(i, event_size, dtype=x.dtype).reshape(1, *x.shape[1:])
-            column = jacobian_product(jnp.broadcast_to(basis, x.shape))
-            return column.reshape(batch, event_size)[:, i]
-
-        indices = jnp.arange(event_size)
-        if event_size <= chunk_size:
-            return u, jnp.sum(jax.vmap(diagonal)(indices), axis=0)
-        return u, jnp.sum(jax.lax.map(diagonal, indices, batch_size=chunk_size), axis=0)
-
-    return divergence
-
-
-def hutchinson_divergence(key: jax.Array, num_probes: int = 1) -> Divergence:
-    """Hutchinson's estimate: the mean over probes e of e . (J e), e of random signs.
-
-    Unbiased, with variance 2 / num_probes times the sum of squares of the off-diagonal of the
-    symmetric part of J. The probes depend on `key` alone, so they stay fixed during a solve, which
-    thereby estimates the integral without bias.
-
-    Args:
-      key: random key.
-      num_probes: probes per example; the cost grows in proportion.
-
-    Returns:
-      A divergence `(velocity, t, x) -> (u, div)`, for any event shape.
-
-    Raises:
-      ValueError: if `num_probes < 1`.
-
-    Source: Hutchinson 1989, doi 10.1080/03610918908812806.
-    """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1; got {num_probes}.")
-
-    def divergence(velocity: Velocity, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u, jacobian_product = jax.linearize(lambda x: velocity(t, x), x)
-        probes = jax.random.rademacher(key, (num_probes, *x.shape), x.dtype)
-
-        def quadratic_form(probe: jax.Array) -> jax.Array:
-            return jnp.sum(probe * jacobian_product(probe), axis=range(1, x.ndim))
-
-        return u, jnp.mean(jax.vmap(quadratic_form)(probes), axis=0)
-
-    return divergence
 
 
 def log_prob(
@@ -125,13 +68,14 @@ def log_prob(
         solve in far fewer steps than ones with a kink, whose divergence jumps.
       x1: data, `[batch, *event]`.
       source_log_prob: log-density of the source, `[batch, *event]` -> `[batch]`.
-      divergence: `exact_divergence(...)` or `hutchinson_divergence(key, num_probes)`.
+      divergence: `exact_divergence(...)`, `hutchinson_divergence(key, num_probes)`, or
+        `hutchinson_estimates(key, num_probes)` for each probe's value on its own.
       t0: time of the source.
       t1: time of the data.
       solver, stepsize_controller, num_steps, max_steps, adjoint: as for `integrate`.
 
     Returns:
-      `[batch]`, in nats, in at least float32.
+      `[batch]`, in nats, in at least float32; of the shape of what `divergence` returns.
 
     Raises:
       ValueError, RuntimeError: as `integrate` does.
@@ -139,11 +83,52 @@ def log_prob(
     Example:
       >>> log_p = log_prob(lambda t, x: jnp.zeros_like(x), jnp.zeros((5, 2)))  # -log(2 pi)
     """
-    x0, log_det = _solve_with_divergence(
+    return integrate_log_prob(
+        velocity,
+        x1,
+        source_log_prob=source_log_prob,
+        divergence=divergence,
+        t0=t0,
+        t1=t1,
+        solver=solver,
+        stepsize_controller=stepsize_controller,
+        num_steps=num_steps,
+        max_steps=max_steps,
+        adjoint=adjoint,
+    ).log_prob
+
+
+def integrate_log_prob(
+    velocity: Velocity,
+    x1: jax.Array,
+    *,
+    source_log_prob: SourceLogProb = standard_normal_log_prob,
+    divergence: Divergence = exact_divergence(),  # noqa: B008
+    t0: float = 0.0,
+    t1: float = 1.0,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    num_steps: int | None = None,
+    max_steps: int = 4096,
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+) -> LogProb:
+    """`log_prob` with its cost and the source points that the data came from.
+
+    Arguments and errors are those of `log_prob`.
+
+    Returns:
+      `LogProb(log_prob, x0, num_evaluations)`.
+
+    Example:
+      >>> integrate_log_prob(lambda t, x: -x, jnp.ones((3, 2)), num_steps=4).num_evaluations
+      Array(25, dtype=int32)
+    """
+    x0, log_det, num_evaluations = _solve_with_divergence(
         velocity, x1, divergence, t1, t0, solver, stepsize_controller, num_steps, max_steps, adjoint
     )
     # Backwards, log_det is -int_0^1 div v dt.
-    return source_log_prob(x0) + log_det
+    log_p = _beside(source_log_prob(x0), log_det) + log_det
+    return LogProb(log_p, x0.astype(x1.dtype), num_evaluations)
 
 
 def sample_and_log_prob(
@@ -167,10 +152,16 @@ def sample_and_log_prob(
     Returns:
       x1 `[batch, *event]` in the dtype of `x0`, and log p_1(x1) `[batch]` in nats.
     """
-    x1, log_det = _solve_with_divergence(
+    x1, log_det, _ = _solve_with_divergence(
         velocity, x0, divergence, t0, t1, solver, stepsize_controller, num_steps, max_steps, adjoint
     )
-    return x1.astype(x0.dtype), source_log_prob(x0.astype(x1.dtype)) - log_det
+    log_p = _beside(source_log_prob(x0.astype(x1.dtype)), log_det) - log_det
+    return x1.astype(x0.dtype), log_p
+
+
+def _beside(log_p: jax.Array, estimates: jax.Array) -> jax.Array:
+    """`[batch]`, or `[1, batch]` where there are several estimates side by side."""
+    return jnp.expand_dims(log_p, range(estimates.ndim - log_p.ndim))
 
 
 def _solve_with_divergence(
@@ -184,16 +175,18 @@ def _solve_with_divergence(
     num_steps: int | None,
     max_steps: int,
     adjoint: diffrax.AbstractAdjoint,
-) -> tuple[jax.Array, jax.Array]:
-    """The state at `t_end`, and the integral of the divergence from `t_start` to `t_end`."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x at `t_end`, the integral of the divergence from `t_start` on, and the evaluations."""
     x = as_floating("x", x)
     dtype = wider(x.dtype, jnp.float32)
-    y_start = (x.astype(dtype), jnp.zeros(x.shape[:1], dtype))
 
     def vector_field(t: jax.Array, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         return divergence(checked(velocity, dtype), t, y[0])
 
-    _, (x_end, log_det), _ = solve(
+    start = jnp.zeros((), dtype)
+    _, div = jax.eval_shape(vector_field, start, (x.astype(dtype), start))
+    y_start = (x.astype(dtype), jnp.zeros(div.shape, dtype))
+    _, (x_end, log_det), num_evaluations = solve(
         vector_field,
         y_start,
         t0=t_start,
@@ -205,7 +198,7 @@ def _solve_with_divergence(
         max_steps=max_steps,
         adjoint=adjoint,
     )
-    return x_end[-1], log_det[-1]
+    return x_end[-1], log_det[-1], num_evaluations
 
 
 def bits_per_dim(

@@ -50,7 +50,8 @@ class TimeSampler(Protocol):
 class Divergence(Protocol):
     """`divergence(velocity, t, x) -> (u, div)`: the velocity and its divergence in one call.
 
-    `u` is `[batch, *event]`; `div` is `[batch]`, exact or an unbiased estimate of it.
+    `u` is `[batch, *event]`; `div` is `[batch]`, exact or an unbiased estimate, or
+    `[num_estimates, batch]`, several estimates side by side.
     """
 
     def __call__(

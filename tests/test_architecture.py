@@ -30,7 +30,8 @@ ARROWS = {
     "guidance": {"types"},
     "_solve": {"types"},
     "sampling": {"_solve", "types"},
-    "likelihood": {"_solve", "types"},
+    "divergences": {"types"},
+    "likelihood": {"_solve", "divergences", "types"},
     "models": {"models.mlp", "models.unet"},
     "models.layers": {"types"},
     "models.mlp": {"models.layers", "types"},
@@ -41,10 +42,12 @@ ARROWS = {
     "data": {"_splits", "archives", "prepare", "types"},
     "_splits": set(),
     "pixels": set(),
+    "dequantization": {"pixels"},
     "prepare": {"archives"},
     "archives": set(),
 }
-CORE = ("types", "paths", "couplings", "times", "losses", "guidance", "sampling", "likelihood")
+CORE = ("types", "paths", "couplings", "times", "losses", "guidance", "sampling")
+CORE += ("divergences", "likelihood")
 ARROWS[""] = set(CORE)  # fmjax/__init__.py re-exports the core and nothing else
 HEAVY = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "ott")
 

@@ -237,3 +237,37 @@ def test_errors():
         fm.sample_and_log_prob(rotate, x, solver=diffrax.Euler())
     with pytest.raises(RuntimeError, match="max_steps = 2 were taken"):
         jax.block_until_ready(jit(lambda x: fm.log_prob(rotate, x, max_steps=2))(x))
+
+
+def test_estimates_side_by_side():
+    """Each probe's own log-density; their mean is what `hutchinson_divergence` gives."""
+    x = draw((3, 5))
+
+    def solve(divergence):
+        how = {"divergence": divergence, "num_steps": 8}
+        return jit(lambda x: fm.integrate_log_prob(dense_velocity, x, **how))(x)
+
+    got, mean = solve(fm.hutchinson_estimates(KEY, 4)), solve(fm.hutchinson_divergence(KEY, 4))
+    assert got.log_prob.shape == (4, 3) and got.num_evaluations == 49
+    np.testing.assert_allclose(got.log_prob.mean(0), mean.log_prob, rtol=1e-5)
+    assert (np.asarray(got.log_prob).std(0) > 1e-2).all()
+    back = jit(lambda x: fm.sample(dense_velocity, x, t0=1.0, t1=0.0, num_steps=8))(x)
+    np.testing.assert_allclose(got.x0, back, rtol=1e-5, atol=1e-6)
+    how = {"divergence": fm.hutchinson_estimates(KEY, 4), "num_steps": 8}
+    x1, own = jit(lambda x: fm.sample_and_log_prob(dense_velocity, x, **how))(got.x0)
+    np.testing.assert_allclose(x1, x, rtol=0, atol=1e-3)  # forth and back in eight steps
+    np.testing.assert_allclose(own, got.log_prob, rtol=0, atol=1e-2)
+
+
+def test_gaussian_probes_have_their_variance():
+    """2 sum_ij S_ij^2, the diagonal included: for the identity 2 D, where signs have none."""
+    x = draw((1, 6))
+
+    def estimates(probe):
+        divergence = fm.hutchinson_estimates(KEY, 20_000, probe=probe)
+        return np.asarray(divergence(lambda t, x: x, T, x)[1], np.float64)
+
+    np.testing.assert_allclose(estimates(jax.random.rademacher), 6.0, rtol=1e-6)
+    got = estimates(jax.random.normal)
+    assert abs(got.mean() - 6) < 4 * np.sqrt(12 / 20_000)
+    assert abs(got.var() / 12 - 1) < 0.08  # four standard errors; a kurtosis of 5
