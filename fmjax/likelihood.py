@@ -120,8 +120,8 @@ def integrate_log_prob(
       `LogProb(log_prob, x0, num_evaluations)`.
 
     Example:
-      >>> integrate_log_prob(lambda t, x: -x, jnp.ones((3, 2)), num_steps=4).num_evaluations
-      Array(25, dtype=int32)
+      >>> int(integrate_log_prob(lambda t, x: -x, jnp.ones((3, 2)), num_steps=4).num_evaluations)
+      25
     """
     x0, log_det, num_evaluations = _solve_with_divergence(
         velocity, x1, divergence, t1, t0, solver, stepsize_controller, num_steps, max_steps, adjoint
