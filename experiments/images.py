@@ -85,9 +85,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
     jax.eval_shape(init, jax.random.key(0))  # a size that can't work is refused here
     key_params, key_train, key_x0, key_eval = jax.random.split(jax.random.key(config.seed), 4)
-    tx = training.adam(
-        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
-    )
+    tx = loop.make_optimizer(config)
     with Run(name, config) as run:
         state = loop.init_state(init, key_params, tx)
         step_fn = loop.make_step(config, make_draw(config, levels), make_loss(model), tx)

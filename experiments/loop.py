@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import tqdm
 
 from experiments.run import Run, RunConfig
@@ -54,6 +55,13 @@ def make_step(
 
     jitted = sharding.jit_train_step(whole_step, mesh)
     return lambda state, key, x1: jitted(state, key, sharding.shard_batch(x1, mesh))
+
+
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Adam as the flags say."""
+    return training.adam(
+        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+    )
 
 
 def init_state(

@@ -1,14 +1,25 @@
 """Pictures of a run: grids of images, loss curves, flows in the plane."""
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 BLUE, ORANGE, GREY = "#3b6fb6", "#d9762b", "#9a9a9a"
+GREEN, VIOLET = "#4f9a5b", "#7a5aa6"
+SOLVER_COLOURS = {
+    "Euler": GREY,
+    "Heun": ORANGE,
+    "Midpoint": GREEN,
+    "Tsit5": BLUE,
+    "Dopri5": VIOLET,
+}
 
 
 def save_grid(
@@ -94,3 +105,75 @@ def save_plane(
             xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[]
         )
     figure.savefig(path, dpi=110)
+
+
+def save_curve(rows: Sequence[dict[str, Any]], path: pathlib.Path, *, label: str) -> None:
+    """Quality, and distance from the exact flow, against evaluations; a line per solver.
+
+    Args:
+      rows: of `experiments.curve.measure`.
+      path: where to.
+      label: what the quality is.
+    """
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    *points, exact = rows
+    for solver, colour in SOLVER_COLOURS.items():
+        for adaptive in (False, True):
+            kind = "adaptive" if adaptive else "equal steps"
+            found = [
+                r for r in points if r["solver"] == solver and (r["num_steps"] is None) == adaptive
+            ]
+            if not found:
+                continue
+            found.sort(key=lambda row: row["num_evaluations"])
+            cost = [row["num_evaluations"] for row in found]
+            look: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
+            look |= {"marker": "o", "linestyle": "--" if adaptive else "-"}
+            look |= {"markerfacecolor": "white" if adaptive else colour}
+            left.plot(cost, [row["quality"] for row in found], **look)
+            right.plot(cost, [row["error_rms"] for row in found], label=f"{solver}, {kind}", **look)
+    low, high = (exact["quality"] + sign * exact["standard_error"] for sign in (-1, 1))
+    left.axhspan(low, high, color=GREY, alpha=0.2, linewidth=0)
+    left.axhline(exact["quality"], color=GREY, linewidth=0.8)
+    left.set_ylabel(textwrap.fill(label, 36))
+    left.set_title("exact flow: line, with its standard error", fontsize=9, color="#666666")
+    right.set_ylabel("distance from the exact flow (rms)")
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network")
+        axes.xaxis.set_major_locator(FixedLocator([4, 8, 16, 32, 64, 128, 256]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.6)
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=150)
+
+
+def save_density(
+    path: pathlib.Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    density: np.ndarray,
+    *,
+    extent: float,
+) -> None:
+    """Held-out data, samples and the model's density on a square grid, side by side."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (title, points) in zip(
+        figure.subplots(1, 3),
+        (("data", data), ("samples", samples), ("density", None)),
+        strict=True,
+    ):
+        if points is None:
+            square = (-extent, extent, -extent, extent)
+            picture = axes.imshow(density, origin="lower", extent=square, cmap="magma")
+            figure.colorbar(picture, ax=axes, shrink=0.8)
+        else:
+            axes.scatter(*points.T, s=2, color=BLUE, linewidths=0)
+        shown = (-0.75 * extent, 0.75 * extent)
+        axes.set(xlim=shown, ylim=shown, aspect="equal", title=title, xticks=[], yticks=[])
+    figure.savefig(path, dpi=120)

@@ -89,8 +89,8 @@ def check(config: RunConfig) -> None:
     sharding.check_batch_size(config.batch_size, jax.device_count())
 
 
-def flags(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON can hold it."""
+def flags(config: Any) -> dict[str, Any]:
+    """A config, a dataclass, as JSON can hold it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
@@ -107,7 +107,7 @@ class Run:
         self.config = config
         self._flags = flags(config)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        self._lock = lock(self.folder)
         self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
             checkpoints.check_config(self._manager, self._flags, free=FREE)
@@ -116,7 +116,8 @@ class Run:
             self._manager.close()
             self._lock.close()
             raise
-        record = {"experiment": experiment, "config": self._flags} | _environment(config)
+        record = {"experiment": experiment, "config": self._flags} | environment()
+        record |= {"global_batch": config.batch_size}
         write_json(self.folder / "config.json", record)
         self.seconds = 0.0  # of training, earlier starts included
         self._writer = None
@@ -206,7 +207,7 @@ def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.Pat
     return fm.sample_path(PATHS[config.path], x0, x1, t)
 
 
-def _lock(folder: pathlib.Path) -> TextIO:
+def lock(folder: pathlib.Path) -> TextIO:
     """Holds the folder for this process; the system lets go of it however the process ends."""
     file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
     try:
@@ -215,7 +216,7 @@ def _lock(folder: pathlib.Path) -> TextIO:
         file.close()
         raise ValueError(
             f"A run folder is one process's at a time; another is running in {folder}. Wait for "
-            "it, or take another --workdir."
+            "it, or take another folder."
         ) from None
     return file
 
@@ -231,7 +232,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _environment(config: RunConfig) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions, devices and the time of day, for the record."""
     packages = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {p: importlib.metadata.version(p) for p in packages if p in installed}
@@ -239,6 +241,5 @@ def _environment(config: RunConfig) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | versions,
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "global_batch": config.batch_size,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -20,7 +20,7 @@ from sklearn import datasets
 import fmjax as fm
 from experiments import loop, plots
 from experiments.run import Run, RunConfig, check, draw_path_sample
-from fmjax import models, training
+from fmjax import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,7 @@ def main(config: Config) -> dict[str, Any]:
         for k, num in enumerate((50_000, config.eval_examples))
     )
     model = models.MLP(**dataclasses.asdict(config.model))
-    tx = training.adam(
-        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
-    )
+    tx = loop.make_optimizer(config)
     key_params, key_train, key_x0 = jax.random.split(jax.random.key(config.seed), 3)
 
     def loss_fn(params: Any, key: jax.Array, path_sample: fm.PathSample) -> jax.Array:

@@ -271,3 +271,19 @@ def test_gaussian_probes_have_their_variance():
     got = estimates(jax.random.normal)
     assert abs(got.mean() - 6) < 4 * np.sqrt(12 / 20_000)
     assert abs(got.var() / 12 - 1) < 0.08  # four standard errors; a kurtosis of 5
+
+
+def test_the_exact_trace_needs_bounded_memory():
+    """Chunked, its memory grows as the image does, not as the square of its size."""
+
+    def temporary_bytes(side, chunk_size):
+        def divergence(x):
+            return fm.exact_divergence(chunk_size)(conv_velocity, T, x)[1]
+
+        compiled = jit(divergence).lower(jnp.zeros((1, side, side, 2))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = (temporary_bytes(side, 16) for side in (16, 32))
+    assert large < 5 * small  # four times the pixels; a whole Jacobian would take sixteen times
+    whole = temporary_bytes(32, 32 * 32 * 2)
+    assert whole > 50 * large  # 128 times as many products at once

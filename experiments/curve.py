@@ -1,0 +1,87 @@
+"""Quality against cost: the same noise sent through several solvers, 4 to 200 evaluations.
+
+Each point is one way to solve: a solver with so many equal steps, or an adaptive one at a
+tolerance. Its cost is the true number of evaluations of the network; its quality is measured on the
+samples, and so is their distance from the exact flow (Tsit5 at a tight tolerance), the root mean
+square over all coordinates, which is the solver's own error.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import drawing
+from experiments.store import Store, progress
+from experiments.trained import Trained
+from fmjax.metrics import Estimate
+
+
+def measure(
+    trained: Trained,
+    store: Store,
+    shape: tuple[int, ...],
+    num: int,
+    points: Sequence[drawing.Way],
+    quality: Callable[[np.ndarray], Estimate],
+    *,
+    seed: int,
+    tight: float,
+) -> list[dict[str, Any]]:
+    """The curve's points.
+
+    Args:
+      trained: the model.
+      store: where the samples of each point are kept.
+      shape: of a batch, `[batch, *event]`.
+      num: samples per point.
+      points: the ways to solve.
+      quality: samples `[num, *event]` -> figure with its error, the lower the better.
+      seed: of the noise, the same for all points.
+      tight: tolerance of the solve that counts as exact.
+
+    Returns:
+      One row per point and a last one for the exact flow, what stands in evaluation.json under
+      "curve". All points share their noise: their differences are far better known than the
+      standard errors say, which are those of the samples.
+    """
+    solve = drawing.make_solve(trained)
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def samples(way: drawing.Way) -> drawing.Drawn:
+        name = str(way).replace(",", "").replace(" ", "_")
+        return drawing.draw(solve, way, store, name, key, shape, num)
+
+    exact = drawing.Way("Tsit5", tolerance=tight)
+    x1 = samples(exact).x1
+    rows = []
+    for way in progress([*points, exact], "solvers"):
+        drawn = samples(way)
+        figure = quality(drawn.x1)
+        row = {
+            "num_evaluations": drawn.num_evaluations,
+            "quality": figure.value,
+            "standard_error": figure.standard_error,
+            "error_rms": float(np.sqrt(np.mean(np.square(drawn.x1 - x1)))),
+            "seconds": round(drawn.seconds, 2),
+        }
+        rows.append(way._asdict() | row)
+    return rows
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and spread of one figure over the seeds."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {
+        "mean": float(np.mean(values)),
+        "standard_deviation_over_seeds": spread,
+        "per_seed": [float(value) for value in values],
+    }
+
+
+def errors_over_seeds(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """`over_seeds` with the error that the splits of one seed's samples show, root mean square."""
+    error = np.sqrt(np.mean(np.square([estimate.standard_error for estimate in estimates])))
+    values = [estimate.value for estimate in estimates]
+    return over_seeds(values) | {"standard_error_of_one_seed": float(error)}

@@ -1,0 +1,172 @@
+"""Bits/dim of held-out images: bounds that are named, each with its error.
+
+The error of a mean over images is their standard deviation over the root of their number; the noise
+of the draws and of the probes is in it, since every image has its own. The error of one image is
+the spread over its probes. The probes are the same for all K draws of an image, so that the
+importance weights differ by the draws and not by the estimator's noise.
+"""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from experiments.store import Store, progress
+from experiments.trained import Trained
+from fmjax import data, dequantization, sharding
+from fmjax.metrics import Estimate
+
+
+class Likelihood(NamedTuple):
+    """How log-densities of images are measured.
+
+    Attributes:
+      dequantizer: from `fmjax.dequantization`.
+      divergence: `key -> Divergence`; with several estimates side by side their spread is reported.
+      num_draws: K, of the importance-weighted bound.
+      tolerance: relative and absolute, of Tsit5.
+      batch_size: images per solve.
+      settings: all of this as JSON can hold it.
+    """
+
+    dequantizer: dequantization.Dequantizer
+    divergence: Any
+    num_draws: int
+    tolerance: float
+    batch_size: int
+    settings: dict[str, Any]
+
+
+def measure(
+    how: Likelihood, trained: Trained, dataset: data.ImageDataset, store: Store, seed: int
+) -> dict[str, Any]:
+    """The bounds of `dataset.images`, the solver's own error and the cost.
+
+    Args:
+      how: the estimator.
+      trained: the model.
+      dataset: the images, all of them are used.
+      store: where the log-weights of each batch are kept.
+      seed: of the draws and probes.
+
+    Returns:
+      What stands in evaluation.json under "likelihood".
+    """
+    log_weights = _log_weights_fn(how, trained)
+    images, mesh = dataset.images, sharding.make_mesh()
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+
+    def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:
+        rows = np.arange(start, start + how.batch_size) % len(images)  # a short one is filled up
+        key_batch = jax.random.fold_in(key, start)
+        weights, evaluations = log_weights(
+            trained.params,
+            jax.random.fold_in(key_batch, 1 + draw),
+            jax.random.fold_in(key_batch, 0),
+            sharding.shard_batch(images[rows], mesh),
+            tolerance,
+        )
+        return {"log_weights": np.asarray(weights), "num_evaluations": np.asarray(evaluations)}
+
+    starts = range(0, len(images), how.batch_size)
+    tasks = [(start, draw, how.tolerance) for draw in range(how.num_draws) for start in starts]
+    tasks.append((0, 0, how.tolerance / 10))  # the solver's own error, on the first batch
+    done = {}
+    for task in progress(tasks, "log-densities"):
+        start, draw, tolerance = task
+        name = f"batch_{start:06d}_draw_{draw:04d}_tolerance_{tolerance:.3g}"
+        done[task] = store.get(name, lambda task=task: batch(*task))
+
+    weights = np.stack(
+        [
+            np.concatenate([done[start, draw, how.tolerance]["log_weights"] for start in starts], 1)
+            for draw in range(how.num_draws)
+        ]
+    )[:, :, : len(images)]
+    bounds = [_bound(weights, images.shape[1:], 1, how)]
+    if how.num_draws > 1:
+        bounds.append(_bound(weights, images.shape[1:], how.num_draws, how))
+    return {
+        "num_images": len(images),
+        "bounds": bounds,
+        "solver_error": _solver_error(done, how, images.shape),
+        "num_evaluations": float(np.mean([done[t]["num_evaluations"] for t in tasks[:-1]])),
+        "seconds": round(float(sum(d["seconds"] for d in done.values())), 1),
+        "estimator": how.settings,
+    }
+
+
+def interval(bits: np.ndarray) -> tuple[Estimate, float | None, float | None]:
+    """Mean and errors of bits/dim `[num_estimates, num_images]`.
+
+    Returns:
+      The mean over images with its standard error; that part of the error which is the divergence
+      estimator's; and the typical standard error of one image. None where there is one estimate.
+    """
+    num_estimates, num = bits.shape
+    per_image = bits.mean(0)
+    error = float(per_image.std(ddof=1) / np.sqrt(num)) if num > 1 else float("nan")
+    mean = Estimate(float(per_image.mean()), error)
+    if num_estimates == 1:
+        return mean, None, None
+    variance = bits.var(0, ddof=1) / num_estimates
+    return mean, float(np.sqrt(variance.sum()) / num), float(np.sqrt(variance.mean()))
+
+
+def _log_weights_fn(how: Likelihood, trained: Trained) -> Any:
+    """`(params, key_draw, key_probe, images, tolerance) -> (log_weights, num_evaluations)`."""
+
+    @jax.jit
+    def log_weights(params, key_draw, key_probe, images, tolerance):
+        x, log_q = how.dequantizer(key_draw, images)
+        solved = fm.integrate_log_prob(
+            trained.velocity(params),
+            x,
+            divergence=how.divergence(key_probe),
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        )
+        return jnp.atleast_2d(solved.log_prob) - log_q[None], solved.num_evaluations
+
+    return log_weights
+
+
+def _bound(
+    weights: np.ndarray, event_shape: tuple[int, ...], num_draws: int, how: Likelihood
+) -> dict[str, Any]:
+    """One row of the table from log-weights `[K, num_estimates, num_images]`."""
+    groups = weights.astype(np.float64).reshape(num_draws, -1, *weights.shape[1:])
+    peak = groups.max(0)
+    bound = peak + np.log(np.mean(np.exp(groups - peak), axis=0))  # float64, unlike JAX's here
+    bits = -bound.mean(0) / (np.prod(event_shape) * np.log(2))
+    mean, probe_error, image_error = interval(bits)
+    kind = "" if num_draws == 1 else ", importance-weighted"
+    return {
+        "bound": f"{how.settings['dequantization']} dequantisation{kind}, K = {num_draws}",
+        "bits_per_dim": mean.value,
+        "standard_error": mean.standard_error,
+        "standard_error_of_the_divergence": probe_error,
+        "standard_error_of_one_image": image_error,
+    }
+
+
+def _solver_error(
+    done: dict[Any, dict[str, np.ndarray]], how: Likelihood, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """The first batch at the tolerance and at a tenth of it, with the same draws and probes."""
+    num = min(how.batch_size, shape[0])
+    scale = -np.prod(shape[1:]) * np.log(2)
+    tight = done[0, 0, how.tolerance / 10]
+    loose = done[0, 0, how.tolerance]
+    at, at_tenth = ((d["log_weights"].mean(0) / scale)[:num] for d in (loose, tight))
+    difference = (at - at_tenth).astype(np.float64)
+    return {
+        "num_images": num,
+        "tolerance": how.tolerance,
+        "bits_per_dim": float(at.mean()),
+        "bits_per_dim_at_a_tenth": float(at_tenth.mean()),
+        "difference": float(difference.mean()),
+        "num_evaluations_at_a_tenth": int(tight["num_evaluations"]),
+    }

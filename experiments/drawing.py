@@ -1,0 +1,124 @@
+"""Drawing samples from a trained run: by which solver, in batches, each batch computed once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import numpy as np
+import tqdm
+
+import fmjax as fm
+from experiments.store import Store
+from experiments.trained import Trained
+from fmjax import sharding
+
+SOLVERS = {
+    "Euler": (diffrax.Euler(), 1, 0),  # with its evaluations per step, and before the first
+    "Heun": (diffrax.Heun(), 2, 0),
+    "Midpoint": (diffrax.Midpoint(), 2, 0),
+    "Tsit5": (diffrax.Tsit5(), 6, 1),
+    "Dopri5": (diffrax.Dopri5(), 6, 1),
+}
+ADAPTIVE = ("Heun", "Tsit5", "Dopri5")
+
+
+class Way(NamedTuple):
+    """A way to solve: in `num_steps` equal steps, or adaptively at `tolerance`."""
+
+    solver: str
+    num_steps: int | None = None
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        steps = f"{self.num_steps} equal steps"
+        return f"{self.solver}, {steps if self.num_steps else f'tolerance {self.tolerance:g}'}"
+
+
+class Drawn(NamedTuple):
+    """Samples `[num, *event]`, evaluations of the network for one of them, seconds for all."""
+
+    x1: np.ndarray
+    num_evaluations: float
+    seconds: float
+
+
+Solve = Callable[[Way, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
+    """Every solver with about so many evaluations in equal steps, and the adaptive ones."""
+    found = []
+    for name, (_, per_step, at_start) in SOLVERS.items():
+        steps = sorted({round((n - at_start) / per_step) for n in evaluations} - {0})
+        found += [Way(name, num_steps=n) for n in steps]
+    return found + [Way(name, tolerance=tol) for name in ADAPTIVE for tol in tolerances]
+
+
+def make_solve(trained: Trained) -> Solve:
+    """`(way, x0) -> (x1, num_evaluations)`, compiled once per solver and number of steps."""
+    compiled: dict[Any, Any] = {}
+
+    def solve(way: Way, x0: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = (way.solver, way.num_steps)
+        if key not in compiled:
+            compiled[key] = jax.jit(_solve_fn(trained, *key))
+        return compiled[key](trained.params, x0, way.tolerance)
+
+    return solve
+
+
+def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[..., Any]:
+    def solve(params: Any, x0: jax.Array, tolerance: Any) -> tuple[jax.Array, jax.Array]:
+        adaptive = None if num_steps else diffrax.PIDController(rtol=tolerance, atol=tolerance)
+        trajectory = fm.integrate(
+            trained.velocity(params),
+            x0,
+            solver=SOLVERS[solver][0],
+            num_steps=num_steps,
+            stepsize_controller=adaptive,
+        )
+        return trajectory.x[-1], trajectory.num_evaluations
+
+    return solve
+
+
+def draw(
+    solve: Solve,
+    way: Way,
+    store: Store,
+    name: str,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    num: int,
+    finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
+) -> Drawn:
+    """`num` samples in batches that are split over all devices.
+
+    Args:
+      solve: from `make_solve`.
+      way: how to solve.
+      store: where the batches are kept.
+      name: of these samples, unique in the store.
+      key: of the noise; batch i draws from fold_in(key, i).
+      shape: of a batch, `[batch, *event]`.
+      num: how many; the last batch is drawn whole and cut.
+      finish: what is done to a batch before it is stored, quantising for instance.
+
+    Returns:
+      The samples and what they cost.
+    """
+    mesh = sharding.make_mesh()
+
+    def batch(i: int) -> dict[str, np.ndarray]:
+        x0 = jax.random.normal(jax.random.fold_in(key, i), shape)
+        x1, evaluations = solve(way, sharding.shard_batch(x0, mesh))
+        return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
+
+    indices = tqdm.trange(-(-num // shape[0]), desc=name, leave=False, disable=None)
+    batches = [store.get(f"{name}_batch_{i:04d}", lambda i=i: batch(i)) for i in indices]
+    return Drawn(
+        x1=np.concatenate([batch["x1"] for batch in batches])[:num],
+        num_evaluations=float(np.mean([batch["num_evaluations"] for batch in batches])),
+        seconds=float(sum(batch["seconds"] for batch in batches)),
+    )

@@ -1,0 +1,141 @@
+"""What sample quality is measured with: an encoder and the real images' features under it.
+
+The encoder is the FID Inception network where its weights are at hand, under one of two protocols
+of preprocessing, or else a classifier that `experiments.encoder` has trained on the data set. Only
+the first gives an FID; the second gives "FD (encoder NAME)", comparable under that encoder alone.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import encoder as encoders
+from experiments import images as image_runs
+from experiments.reference import Reference, load_or_compute
+from fmjax import metrics, pixels
+from fmjax.metrics.encoders import LEGACY_TENSORFLOW, TORCHMETRICS, Encoder, inception_encoder
+
+PROTOCOLS = {"A": LEGACY_TENSORFLOW, "B": TORCHMETRICS}
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """What sample quality is measured with."""
+
+    inception: pathlib.Path | None = None
+    """Weights of the FID Inception network, pt_inception-2015-12-05-6726825d.pth or safetensors."""
+    inception_sha256: str = "6726825d"
+    """SHA-256 that the weights must have, or its first eight digits or more."""
+    protocol: Literal["A", "B"] = "A"
+    """Preprocessing: A as clean-fid's legacy_tensorflow, B as torchmetrics'."""
+    encoder: pathlib.Path | None = None
+    """Folder of experiments.encoder, else runs/encoder_DATASET, made where there is none."""
+    reference_split: str | None = None
+    """The real images, else the run's --train-split."""
+    reference_dir: pathlib.Path = pathlib.Path("runs/reference")
+    """Where features of real images are kept."""
+    num_splits: int = 10
+    """Groups of samples that errors are taken over."""
+    allow_few_samples: bool = False
+    """Whether to accept fewer samples than a covariance of full rank needs."""
+
+
+class Judge(NamedTuple):
+    """An encoder, the real images' features, and how errors are taken.
+
+    Attributes:
+      encoder: images -> features.
+      reference: features and moments of the real images.
+      num_splits: groups of the jackknife and of the Inception score.
+      allow_singular: whether fewer samples than features are accepted.
+      record: what stands in evaluation.json about it.
+    """
+
+    encoder: Encoder
+    reference: Reference
+    num_splits: int
+    allow_singular: bool
+    record: dict[str, Any]
+
+    def features(self, x1: np.ndarray, num_levels: int, batch_size: int) -> np.ndarray:
+        """Features of samples in [-1, 1], rounded to pixel values first."""
+        levels = np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))
+        starts = range(0, len(levels), batch_size)
+        return np.concatenate([self.encoder.features(levels[i : i + batch_size]) for i in starts])
+
+    def frechet(self, features: np.ndarray) -> metrics.Estimate:
+        return metrics.frechet_estimate(
+            features,
+            self.reference.moments,
+            num_splits=self.num_splits,
+            allow_singular=self.allow_singular,
+        )
+
+    def figures(self, features: np.ndarray) -> dict[str, metrics.Estimate]:
+        """Every figure of one set of features `[num, D]`, by its name."""
+        real, splits = self.reference.features, self.num_splits
+        found = {
+            "frechet_distance": self.frechet(features),
+            "kid": metrics.kernel_distance(features, real, num_splits=splits),
+        }
+        if self.encoder.logits is not None:
+            logits = self.encoder.logits(features)
+            found["inception_score"] = metrics.inception_score(logits, num_splits=splits)
+        return found
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Refuses, before anything is drawn, fewer samples than a full-rank covariance needs."""
+        left = num_samples - -(-num_samples // self.num_splits)  # the error leaves one group out
+        if left <= self.encoder.num_features and not self.allow_singular:
+            raise ValueError(
+                f"A covariance of {self.encoder.num_features} features has full rank from "
+                f"{self.encoder.num_features + 1} samples on, with one of {self.num_splits} groups "
+                f"left out for the error; got {num_samples} samples. Draw more, or give "
+                "--judge.allow-few-samples and compare the figure with none."
+            )
+
+
+def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_size: int) -> Judge:
+    """Loads or trains the encoder, and the real images' features, computed once."""
+    if config.inception is not None:
+        protocol = PROTOCOLS[config.protocol]
+        encoder = inception_encoder(config.inception, protocol, sha256=config.inception_sha256)
+        name = f"FID (protocol {config.protocol})"
+    else:
+        encoder = _classifier(config.encoder, run_config)
+        name = f"FD (encoder {encoder.name})"
+    split = config.reference_split or run_config.train_split
+    real = image_runs.load(run_config, split)
+    if config.inception is not None and real.num_levels != 256:
+        raise ValueError(
+            f"The Inception network takes images of 256 levels; {run_config.dataset} has "
+            f"{real.num_levels}. Leave --judge.inception out: a classifier of its own serves."
+        )
+    reference = load_or_compute(
+        config.reference_dir, encoder, run_config.dataset, split, real.images, batch_size=batch_size
+    )
+    record = {
+        "distance": name,
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.digest,
+        "num_features": encoder.num_features,
+        "reference": reference.record,
+        "num_splits": config.num_splits,
+    }
+    return Judge(encoder, reference, config.num_splits, config.allow_few_samples, record)
+
+
+def _classifier(folder: pathlib.Path | None, run_config: image_runs.ImageConfig) -> Encoder:
+    usual = pathlib.Path(f"runs/encoder_{run_config.dataset}")
+    if folder is None and run_config.dataset not in encoders.NUM_STEPS:
+        raise ValueError(
+            f"An encoder is made for {', '.join(encoders.NUM_STEPS)}; got {run_config.dataset}. "
+            "Name one by --judge.encoder, or the Inception weights by --judge.inception."
+        )
+    if folder is None and not (usual / "encoder.json").exists():
+        print(f"No encoder for {run_config.dataset}: training one into {usual}.", flush=True)
+        encoders.main(encoders.Config(dataset=run_config.dataset, data_dir=run_config.data_dir))  # pyright: ignore
+    return encoders.load_encoder(folder or usual)

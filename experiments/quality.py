@@ -1,0 +1,77 @@
+"""Sample quality of an image run: Fréchet distance, KID and Inception score, seed by seed.
+
+Samples are rounded to the pixel values that the data have before an encoder sees them. Errors are
+those over splits of one seed's samples; over the seeds stand mean and standard deviation.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import drawing
+from experiments.curve import errors_over_seeds
+from experiments.judging import Judge
+from experiments.store import Store, progress
+from experiments.trained import Trained
+from fmjax import pixels
+
+
+def measure(
+    trained: Trained,
+    judge: Judge,
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    *,
+    way: drawing.Way,
+    shape: tuple[int, ...],
+    num_levels: int,
+    num_samples: int,
+    seeds: tuple[int, ...],
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Draws `num_samples` images per seed and measures them.
+
+    Args:
+      trained: the model.
+      judge: the encoder, the real images' features and how errors are taken.
+      folder: the evaluation's folder.
+      settings: what the samples depend on besides.
+      way: how they are drawn.
+      shape: of a batch, `[batch, height, width, channel]`.
+      num_levels: pixel values.
+      num_samples: per seed.
+      seeds: of the noise.
+
+    Returns:
+      What stands in evaluation.json under "quality", and the first batch of images, uint8.
+    """
+    solve = drawing.make_solve(trained)
+    drawn = Store(folder, "samples", settings)
+    encoder = {"encoder": judge.encoder.name, "encoder_sha256": judge.encoder.digest}
+    encoded = Store(folder, "features", settings | encoder)
+
+    def levels(x1: np.ndarray) -> np.ndarray:
+        return np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))
+
+    def features(name: str, images: np.ndarray) -> np.ndarray:
+        return encoded.get(name, lambda: {"features": judge.encoder.features(images)})["features"]
+
+    runs, figures = [], []
+    for seed in progress(seeds, "seeds"):
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        name = f"seed_{seed}"
+        run = drawing.draw(solve, way, drawn, name, key, shape, num_samples, levels)
+        batches = [run.x1[i : i + shape[0]] for i in range(0, num_samples, shape[0])]
+        found = [features(f"{name}_batch_{i:04d}", batch) for i, batch in enumerate(batches)]
+        figures.append(judge.figures(np.concatenate(found)))
+        runs.append(run)
+    return {
+        "num_samples": num_samples,
+        "seeds": list(seeds),
+        **{name: errors_over_seeds([figure[name] for figure in figures]) for name in figures[0]},
+        "sampler": str(way),
+        "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
+        "seconds": round(sum(run.seconds for run in runs), 1),
+    }, runs[0].x1[: shape[0]]

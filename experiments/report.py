@@ -1,0 +1,102 @@
+"""The table of an evaluation, as Markdown: each figure beside its error and how it was made."""
+
+from typing import Any
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of evaluation.json's content."""
+    likelihood, quality = result["likelihood"], result["quality"]
+    if "bounds" in likelihood:
+        rows = _bits(likelihood) + _image_quality(quality)
+    else:
+        rows = _nats(likelihood) + _plane_quality(quality)
+    protocol = result["protocol"]
+    rows.append(("evaluations per sample", f"{quality['num_evaluations']:.0f}", quality["sampler"]))
+    sampling, solving = quality["seconds"], likelihood["seconds"]
+    where = f"{protocol['device_count']} x {protocol['device_kind']}, compilation included"
+    rows.append(("seconds", f"{sampling:.0f} sampling, {solving:.0f} likelihood", where))
+    head = (
+        f"{protocol['experiment']}, step {protocol['step']}, parameters: {protocol['parameters']}"
+    )
+    lines = [f"| {head} | value | how |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in rows]) + "\n"
+
+
+def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
+    how = likelihood["estimator"]
+    estimate = how["divergence"].capitalize() + (
+        " probes" if "," in how["divergence"] else " trace"
+    )
+    images = f"{likelihood['images']}; {estimate}"
+    rows = []
+    for bound in likelihood["bounds"]:
+        error = bound["standard_error_of_the_divergence"]
+        part = "" if error is None else f"; of the error {error:.4f} is the divergence's"
+        one = bound["standard_error_of_one_image"]
+        part += "" if one is None else f", {one:.3f} on one image"
+        figure = f"{bound['bits_per_dim']:.4f} ± {bound['standard_error']:.4f}"
+        rows.append((f"bits/dim, at most: {bound['bound']}", figure, images + part))
+    error = likelihood["solver_error"]
+    rows.append(
+        (
+            "bits/dim, the solver's own error",
+            f"{error['difference']:+.5f}",
+            f"tolerance {error['tolerance']:g} less {error['tolerance'] / 10:g}, "
+            f"{error['num_images']} images, same draws",
+        )
+    )
+    return rows
+
+
+def _nats(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
+    error = likelihood["solver_error"]
+    return [
+        (
+            "log-likelihood, nats per point",
+            f"{likelihood['nats_per_point']:.4f} ± {likelihood['standard_error']:.4f}",
+            f"{likelihood['num_points']} held-out points, exact divergence",
+        ),
+        (
+            "its solver's own error",
+            f"{error['difference']:+.1e}",
+            f"tolerance {error['tolerance']:g} less {error['tolerance'] / 10:g}; at most "
+            f"{error['largest_difference']:.1e} at a point",
+        ),
+        ("integral of the density", f"{likelihood['density_integral']:.4f}", "1 is right"),
+    ]
+
+
+def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
+    reference = quality["reference"]
+    how = (
+        f"{quality['num_samples']} samples x {len(quality['seeds'])} seeds against "
+        f"{reference['num_images']} images of {reference['dataset']} {reference['split']}"
+    )
+    names = {
+        "frechet_distance": quality["distance"],
+        "kid": "KID under the same encoder",
+        "inception_score": "Inception score under the same encoder",
+    }
+    found = [(label, quality[name]) for name, label in names.items() if name in quality]
+    return [(label, _over_seeds(figure), how) for label, figure in found]
+
+
+def _plane_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
+    how = f"{quality['num_samples']} samples x {len(quality['seeds'])} seeds, held-out points"
+    floor = f"{how}; fresh data: {quality['wasserstein2_of_fresh_data']:.4f}"
+    mmd = quality["squared_mmd"]
+    return [
+        ("2-Wasserstein distance", _over_seeds(quality["wasserstein2"]), floor),
+        ("squared MMD", _over_seeds(mmd), f"{how}; {mmd['kernel']}"),
+    ]
+
+
+def _over_seeds(figure: dict[str, Any]) -> str:
+    """Mean, spread over the seeds, and the error that one seed's splits show."""
+    spread, error = (
+        figure["standard_deviation_over_seeds"],
+        figure.get("standard_error_of_one_seed"),
+    )
+    text = f"{figure['mean']:.4g}"
+    text += "" if spread is None else f" ± {spread:.2g} over seeds"
+    return text + ("" if error is None else f" (one seed: ± {error:.2g})")

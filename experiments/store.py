@@ -1,0 +1,90 @@
+"""Batches of numbers that are computed once: an interrupted evaluation goes on where it was.
+
+A store is a folder named after its settings, so that numbers made under other settings are never
+taken for these. Each batch is one file, written whole or not at all; a batch whose file is there is
+read, not computed. Every computation leaves a line in `computed.jsonl` beside the stores.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import tqdm
+
+from experiments.run import write_json
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+
+class Store:
+    """A folder of batches under fixed settings.
+
+    Args:
+      folder: where the stores of one evaluation live.
+      kind: the first part of the folder's name: "samples", "log_prob", ...
+      settings: everything that the numbers depend on, as JSON can hold it.
+    """
+
+    def __init__(self, folder: pathlib.Path, kind: str, settings: dict[str, Any]):
+        text = json.dumps(settings, sort_keys=True)
+        self.folder = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "computed.jsonl"
+        if not (self.folder / "settings.json").exists():
+            write_json(self.folder / "settings.json", settings)
+
+    def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
+        """The batch of this name: read where it is stored, else computed and stored.
+
+        Args:
+          name: of the batch, unique in the store.
+          compute: makes its arrays; called only where there is no file.
+
+        Returns:
+          The arrays, and under "seconds" how long it took to compute them, compilation included.
+
+        Raises:
+          ValueError: if the stored file is damaged.
+        """
+        path = self.folder / f"{name}.npz"
+        if not path.exists():
+            began = time.perf_counter()
+            arrays = {key: np.asarray(value) for key, value in compute().items()}
+            arrays["seconds"] = np.asarray(time.perf_counter() - began)
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            os.replace(temporary, path)
+            with open(self._log, "a") as file:
+                file.write(json.dumps({"batch": f"{self.folder.name}/{name}"}) + "\n")
+        return _read(path)
+
+
+def num_computed(folder: pathlib.Path) -> int:
+    """Batches that have been computed in this evaluation folder, over all its starts."""
+    path = folder / "computed.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def progress(items: Iterable[T], label: str) -> Iterable[T]:
+    """`items` with a progress bar; in a log file a line every quarter of a minute."""
+    return tqdm.tqdm(items, desc=label, mininterval=0.2 if sys.stderr.isatty() else 15)
+
+
+def _read(path: pathlib.Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"A stored batch must be a whole .npz file; got {path}, which can't be read ({error}). "
+            "Delete it, and it is computed again."
+        ) from None

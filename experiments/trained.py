@@ -1,0 +1,146 @@
+"""A finished run, read back from its folder: its network with the parameters that it ended with."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from experiments import cifar10, digits, images, loop, mnist, two_moons
+from experiments.run import RunConfig
+from fmjax import checkpoints, models, training
+
+CONFIGS: dict[str, type[RunConfig]] = {
+    "two_moons": two_moons.Config,
+    "digits": digits.Config,
+    "mnist": mnist.Config,
+    "cifar10": cifar10.Config,
+}
+
+
+class Trained(NamedTuple):
+    """A trained velocity and where it comes from.
+
+    Attributes:
+      experiment: name of the experiment, "mnist" say.
+      config: the flags that it was trained under.
+      step: training steps.
+      params: the network's parameters.
+      velocity: `velocity(params) -> (t, x) -> u`.
+      digest: SHA-256 of the parameters' bytes, in hex.
+      average: whether `params` are the moving average.
+    """
+
+    experiment: str
+    config: RunConfig
+    step: int
+    params: Any
+    velocity: Callable[[Any], fm.Velocity]
+    digest: str
+    average: bool
+
+
+def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
+    """The experiment's name and its flags, from config.json.
+
+    Raises:
+      ValueError: if the folder holds no run, or one of an unknown experiment or with other flags.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"A run folder must hold config.json; got {folder}, which does not. Train one first, "
+            "python -m experiments.digits for example, and name its folder, runs/digits."
+        )
+    record = json.loads(path.read_text())
+    name = record.get("experiment")
+    if name not in CONFIGS:
+        raise ValueError(f"The experiment must be one of {sorted(CONFIGS)}; {path} has {name!r}.")
+    try:
+        return name, _from_flags(CONFIGS[name], record["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold the flags of experiments.{name} as they are today; it lacks or adds "
+            f"{error}. Evaluate it with the version that trained it, or train again."
+        ) from None
+
+
+def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = True) -> Trained:
+    """The run in `folder`, with its latest checkpoint.
+
+    Args:
+      folder: a run folder of the image or the 2-D experiments.
+      event_shape: of one example of its data.
+      average: whether to take the moving average of the parameters, or the last ones.
+
+    Raises:
+      ValueError: as `read_config` does; if there is no checkpoint, or one of another network.
+    """
+    name, config = read_config(folder)
+    model = _model(config)
+    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
+    tx = loop.make_optimizer(config)
+    example = jax.eval_shape(
+        lambda key: training.init_train_state(init(key), tx), jax.random.key(0)
+    )
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"A run folder must hold a checkpoint; got none in {folder}. Start its experiment "
+            "again: it goes on to the end."
+        )
+    with checkpoints.open_manager(folder / "checkpoints") as manager:
+        state = checkpoints.restore(manager, example)
+    params = jax.device_get(state.ema_params if average else state.params)
+    return Trained(
+        experiment=name,
+        config=config,
+        step=int(state.step),
+        params=params,
+        velocity=lambda params: functools.partial(model.apply, params),
+        digest=_digest(params),
+        average=average,
+    )
+
+
+def _model(config: RunConfig) -> models.MLP | models.UNet:
+    if isinstance(config, images.ImageConfig):
+        return models.UNet(**dataclasses.asdict(config.model))
+    assert isinstance(config, two_moons.Config)
+    return models.MLP(**dataclasses.asdict(config.model))
+
+
+def _digest(params: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _from_flags(cls: type[Any], flags: dict[str, Any]) -> Any:
+    """A config from what JSON kept of it: paths are strings there, tuples lists."""
+    if unknown := sorted(flags.keys() - {field.name for field in dataclasses.fields(cls)}):
+        raise KeyError(", ".join(unknown))
+    hints = typing.get_type_hints(cls)
+    values = {field.name: flags[field.name] for field in dataclasses.fields(cls)}
+    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _from_flags(hint, value)
+    if typing.get_origin(hint) is types.UnionType:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return None if value is None else _value(kinds[0], value)
+    if hint is pathlib.Path:
+        return pathlib.Path(value)
+    return tuple(value) if typing.get_origin(hint) is tuple else value

@@ -1,0 +1,315 @@
+"""Evaluation of run folders: the figures, resuming, and what is refused."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmjax as fm
+from experiments import (
+    classifier,
+    curve,
+    densities,
+    digits,
+    drawing,
+    evaluate,
+    judging,
+    loop,
+    report,
+    store,
+    trained,
+    two_moons,
+)
+from experiments.images import UNetConfig
+from experiments.run import Run
+from fmjax import pixels
+from fmjax.metrics import Estimate
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """What one evaluation compiles, the next ones and the killed processes read from disk."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def untrained(config, event_shape, name):
+    """A run folder with a checkpoint of a network that has learnt nothing; its average differs."""
+    model = trained._model(config)
+    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
+    state = loop.init_state(init, jax.random.key(0), loop.make_optimizer(config))
+    key = jax.random.key(1)  # the last layer of a U-Net begins at zero
+    moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), state.params)
+    with Run(name, config) as run:
+        run.save(state._replace(ema_params=moved, step=jnp.asarray(30)), wait=True)
+    return config.workdir
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, compiled):
+    """A run of digits, one of two moons and an encoder, all untrained."""
+    folder = tmp_path_factory.mktemp("runs")
+    unet = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
+    untrained(digits.Config(workdir=folder / "digits", model=unet), (8, 8, 1), "digits")
+    mlp = two_moons.MLPConfig(features=(32, 32))
+    untrained(two_moons.Config(workdir=folder / "two_moons", model=mlp), (2,), "two_moons")
+    network = classifier.Classifier(num_classes=10, num_levels=17, strides=(2, 2), widths=(8, 8))
+    weights = classifier.to_bytes(
+        jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8))
+    )
+    (folder / "encoder").mkdir()
+    record = {"name": "an untrained one", "dataset": "digits", "config": {}}
+    record |= {"network": classifier.network(network), "image_shape": (8, 8, 1)}
+    record |= {"sha256": hashlib.sha256(weights).hexdigest()}
+    classifier.write(folder / "encoder", weights, record)
+    return folder
+
+
+def config(folders, run, **kwargs):
+    judge = judging.JudgeConfig(
+        encoder=folders / "encoder", reference_dir=folders / "reference", num_splits=4
+    )
+    small = dict(
+        judge=judge, batch_size=40, num_samples=100, eval_examples=60, num_draws=2, seeds=(0, 1),
+        tolerance=1e-2, curve_examples=100, curve_evaluations=(4, 8), curve_tolerances=(0.1,),
+    )  # fmt: skip
+    return evaluate.Config(run=run, **(small | kwargs))
+
+
+def figures(result):
+    """What must not change from one run to the next."""
+    result = json.loads(json.dumps(result))
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "started")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(result)
+
+
+@pytest.fixture(scope="module")
+def evaluated(folders):
+    """The digits run, evaluated once, in a copy of its folder."""
+    run = shutil.copytree(folders / "digits", folders / "digits copy, ü")
+    return run, evaluate.main(config(folders, run))
+
+
+def test_images(evaluated):
+    run, result = evaluated
+    folder = run / "evaluation"
+    assert json.loads((folder / "evaluation.json").read_text()) == result
+    assert (folder / "evaluation.md").read_text() == report.table(result)
+    for name in ("curve.png", "samples.png"):
+        assert np.asarray(Image.open(folder / name)).std() > 1
+    one, two = result["likelihood"]["bounds"]
+    assert one["bound"] == "uniform dequantisation, K = 1"
+    assert two["bound"] == "uniform dequantisation, importance-weighted, K = 2"
+    assert two["bits_per_dim"] < one["bits_per_dim"]
+    quality = result["quality"]
+    assert quality["distance"] == "FD (encoder an untrained one)"
+    assert quality["frechet_distance"]["mean"] > 0 and "FID" not in report.table(result)
+    rows = result["curve"]
+    names = {(row["solver"], row["num_steps"]) for row in rows}
+    assert {("Euler", 4), ("Euler", 8), ("Heun", 2), ("Tsit5", 1), ("Dopri5", None)} <= names
+    assert rows[-1]["error_rms"] == 0  # the exact flow, from itself
+    euler = {row["num_steps"]: row for row in rows if row["solver"] == "Euler"}
+    assert euler[4]["num_evaluations"] == 4 and euler[8]["num_evaluations"] == 8
+    assert euler[4]["error_rms"] > euler[8]["error_rms"] > 0
+    assert result["protocol"]["device_count"] == 8
+
+
+def test_the_bound_is_that_of_a_direct_solve(folders, evaluated):
+    """The stored log-weights, against `fm.log_prob` with the keys as the module states them."""
+    run, result = evaluated
+    model = trained.load(run, (8, 8, 1))
+    dataset = digits.Config(workdir=run)
+    images = jnp.asarray(evaluate.images.load(dataset, "test").images[:60])
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+    x = pixels.dequantize(jax.random.fold_in(key, 1), images[:40], 17)
+    divergence = fm.hutchinson_divergence(jax.random.fold_in(key, 0), 2)
+    controller = evaluate.densities.diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    log_p = jax.jit(
+        lambda x: fm.log_prob(
+            model.velocity(model.params), x, divergence=divergence, stepsize_controller=controller
+        )
+    )(x)
+    want = fm.bits_per_dim(log_p, (8, 8, 1), num_levels=17).mean()
+    np.testing.assert_allclose(
+        result["likelihood"]["solver_error"]["bits_per_dim"], want, rtol=1e-4
+    )
+
+
+def test_a_second_run_gives_the_same_numbers(folders, evaluated):
+    _, result = evaluated
+    run = shutil.copytree(folders / "digits", folders / "another")
+    assert figures(evaluate.main(config(folders, run))) == figures(result)
+
+
+def test_nothing_is_computed_twice(folders, evaluated):
+    run, result = evaluated
+    again = evaluate.main(config(folders, run))
+    assert again == result | {
+        "protocol": result["protocol"] | {"started": again["protocol"]["started"]}
+    }
+    other = evaluate.main(config(folders, run, seeds=(0, 2)))  # the first seed's samples are there
+    assert 0 < other["batches_computed"] - result["batches_computed"] <= 6
+    assert (
+        other["quality"]["frechet_distance"]["per_seed"][0]
+        == (result["quality"]["frechet_distance"]["per_seed"][0])
+    )
+
+
+def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
+    _, result = evaluated
+    run = shutil.copytree(folders / "digits", folders / "killed")
+    settings = config(folders, run)
+    flags = [f"--judge.{k.replace('_', '-')}={v}" for k, v in vars(settings.judge).items()
+             if k in ("encoder", "reference_dir", "num_splits")]  # fmt: skip
+    for name in ("batch_size", "num_samples", "eval_examples", "num_draws", "tolerance"):
+        flags.append(f"--{name.replace('_', '-')}={getattr(settings, name)}")
+    flags += ["--curve-examples=100", "--seeds", "0", "1", "--curve-evaluations", "4", "8"]
+    flags += ["--curve-tolerances", "0.1"]
+    environment = os.environ | compiled | {"JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-m", "experiments.evaluate", str(run), *flags]
+    kills = 0
+    for wanted in (3, 9):  # in the likelihood, then among the samples
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while store.num_computed(run / "evaluation") < wanted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not (run / "evaluation" / "evaluation.json").exists()
+    assert kills == 2
+    before = store.num_computed(run / "evaluation")
+    resumed = evaluate.main(settings)
+    assert 9 <= before < resumed["batches_computed"] == result["batches_computed"]
+    assert figures(resumed) == figures(result)
+
+
+def test_the_plane(folders):
+    run = folders / "two_moons"
+    result = evaluate.main(config(folders, run))
+    likelihood = result["likelihood"]
+    assert abs(likelihood["density_integral"] - 1) < 0.01  # a sum over cells of width 0.035
+    assert abs(likelihood["solver_error"]["difference"]) < 1e-3
+    model = trained.load(run, (2,))
+    held_out = jnp.asarray(two_moons.moons(2048, 0.05, 2**31))
+    log_p = np.asarray(jax.jit(lambda x: fm.log_prob(model.velocity(model.params), x))(held_out))
+    np.testing.assert_allclose(likelihood["nats_per_point"], log_p.mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        likelihood["standard_error"], log_p.std(ddof=1) / np.sqrt(2048), rtol=1e-3
+    )
+    w2 = result["quality"]["wasserstein2"]
+    assert w2["mean"] > result["quality"]["wasserstein2_of_fresh_data"] > 0
+    assert w2["standard_deviation_over_seeds"] == pytest.approx(np.std(w2["per_seed"], ddof=1))
+    for name in ("density.png", "curve.png"):
+        assert np.asarray(Image.open(run / "evaluation" / name)).std() > 1
+
+
+def test_last_parameters_are_others_than_the_average(folders):
+    average, last = (trained.load(folders / "digits", (8, 8, 1), average=a) for a in (True, False))
+    assert average.digest != last.digest and average.step == last.step == 30
+    assert average.config.model == last.config.model
+
+
+def test_interval():
+    bits = np.array([[1.0, 2.0, 4.0], [1.2, 2.4, 3.8]])
+    mean, probes, image = densities.interval(bits)
+    per_image = np.array([1.1, 2.2, 3.9])
+    assert mean == Estimate(per_image.mean(), per_image.std(ddof=1) / np.sqrt(3))
+    variances = np.array([0.02, 0.08, 0.02]) / 2  # of two values d apart: d^2 / 2; of their mean
+    assert probes == pytest.approx(np.sqrt(variances.sum()) / 3)
+    assert image == pytest.approx(np.sqrt(variances.mean()))
+    assert densities.interval(bits[:1])[1:] == (None, None)
+
+
+def test_ways():
+    points = drawing.ways((4, 8, 200), (1e-3,))
+    steps = {(way.solver, way.num_steps) for way in points if way.num_steps}
+    assert {("Euler", 200), ("Heun", 2), ("Midpoint", 100), ("Tsit5", 33), ("Dopri5", 1)} <= steps
+    assert [way.solver for way in points if way.tolerance] == list(drawing.ADAPTIVE)
+    rows = curve.over_seeds([1.0, 3.0])
+    assert rows["mean"] == 2.0 and rows["standard_deviation_over_seeds"] == pytest.approx(2**0.5)
+    assert curve.over_seeds([1.0])["standard_deviation_over_seeds"] is None
+
+
+def test_store(tmp_path):
+    batches = store.Store(tmp_path, "samples", {"seed": 0})
+    first = batches.get("a", lambda: {"x": np.arange(3)})
+    second = batches.get("a", lambda: pytest.fail("computed twice"))
+    np.testing.assert_array_equal(first["x"], second["x"])
+    assert first["seconds"] == second["seconds"] and store.num_computed(tmp_path) == 1
+    other = store.Store(tmp_path, "samples", {"seed": 1}).get("a", lambda: {"x": np.zeros(1)})
+    assert other["x"] == 0 and store.num_computed(tmp_path) == 2
+    path = batches.folder / "a.npz"
+    for damage in (path.read_bytes()[:-40], b"", b"no zip"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="a.npz, which can't be read"):
+            batches.get("a", lambda: pytest.fail("computed over a damaged file"))
+    np.savez(path, x=np.array([{"an": "object"}], dtype=object))  # it would need a pickle
+    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+        batches.get("a", dict)
+
+
+def test_errors(folders, tmp_path):
+    run = folders / "digits"
+    with pytest.raises(ValueError, match="must hold config.json"):
+        evaluate.main(config(folders, tmp_path))
+    for bad, message in (
+        ({"seeds": (0, 0)}, "--seeds must be different"),
+        ({"seeds": ()}, "--seeds must be different"),
+        ({"batch_size": 12}, "multiple of the number of devices"),
+        ({"tolerance": 0.0}, "--tolerance must be positive"),
+        ({"num_probes": 0}, "--num-probes must be at least 1"),
+        ({"num_samples": 80}, "A covariance of 64 features"),
+        ({"curve_examples": 60}, "A covariance of 64 features"),
+        ({"judge": judging.JudgeConfig(inception=tmp_path / "x.pth")}, "x.pth"),
+        ({"judge": judging.JudgeConfig(encoder=tmp_path / "none")}, "experiments.encoder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            evaluate.main(config(folders, run, **bad))
+    assert store.num_computed(run / "evaluation") == 0  # all of it before any work
+    with evaluate.lock(run / "evaluation"), pytest.raises(ValueError, match="one process's"):
+        evaluate.main(config(folders, run))
+    empty = shutil.copytree(run, tmp_path / "empty")
+    shutil.rmtree(empty / "checkpoints")
+    with pytest.raises(ValueError, match="must hold a checkpoint"):
+        evaluate.main(config(folders, empty))
+    record = json.loads((run / "config.json").read_text())
+    for change in ({"experiment": "unknown"}, {"config": record["config"] | {"added": 1}}):
+        (empty / "config.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match="unknown|added"):
+            evaluate.main(config(folders, empty))
+
+
+def test_flags_come_back_as_they_were(folders):
+    name, read = trained.read_config(folders / "digits")
+    assert name == "digits" and isinstance(read, digits.Config)
+    assert isinstance(read.workdir, pathlib.Path) and read.model.channel_multipliers == (1,)
+    assert trained._from_flags(digits.Config, json.loads(json.dumps(
+        dataclasses.asdict(read), default=str))) == read  # fmt: skip
