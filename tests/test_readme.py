@@ -8,6 +8,9 @@ import jax
 import nbclient
 import nbformat
 import numpy as np
+import pytest
+
+from experiments import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/benchmarks/results"
@@ -55,6 +58,7 @@ def test_the_results_are_those_of_the_recorded_runs():
         re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
     )
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    results = {name: result for name, result in results.items() if "step" in result}  # runs
     assert rows.keys() == results.keys()
     for name, summary in results.items():
         key = "bits_per_dim" if "bits_per_dim" in summary else "log_likelihood"
@@ -67,3 +71,17 @@ def test_the_results_are_those_of_the_recorded_runs():
             figure + (" bits/dim" if key == "bits_per_dim" else " nats"),
             str(summary["num_evaluations"]),
         ], name
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "evaluations").glob("*.json")), ids=str)
+def test_the_evaluations_are_the_recorded_ones(path):
+    """The table of each is made from its JSON, and those in the README are copies."""
+    table = report.table(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == table
+    text = (ROOT / "README.md").read_text()
+    if marker := re.search(rf"<!-- evaluation {path.stem} -->\n\n(.*?\n)\n", text, re.S):
+        assert marker.group(1) == table
+
+
+def test_the_readme_shows_an_evaluation():
+    assert re.search(r"<!-- evaluation (\w+) -->", (ROOT / "README.md").read_text())

@@ -1,0 +1,103 @@
+"""What `experiments.toy_table` shows: the Markdown table, what differs, a picture per cell."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.plots import BLUE, GREY, ORANGE
+
+COLUMNS = (
+    "pair",
+    "method",
+    "W2 fmjax",
+    "W2 torchcfm (recorded)",
+    "NPE fmjax",
+    "NPE torchcfm (recorded)",
+)
+
+
+def path_energy_excess(path_energy: Sequence[float], squared_distance: float) -> np.ndarray:
+    """NPE = |E int |v|^2 dt - W2^2| / W2^2 of every seed, `[seeds]`."""
+    return np.abs(np.asarray(path_energy) / squared_distance - 1.0)
+
+
+def mean_and_deviation(values: Sequence[float] | np.ndarray) -> str:
+    """The mean ± the deviation of single seeds; a dash where there is nothing."""
+    if len(values) == 0:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def standard_errors_apart(a: Sequence[float], b: Sequence[float]) -> float:
+    """The difference of two means over its standard error, sqrt(s_a^2 / n_a + s_b^2 / n_b)."""
+    error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
+    return float((np.mean(a) - np.mean(b)) / error)
+
+
+def markdown(
+    pairs: list[dict[str, Any]], cells: list[dict[str, Any]], recorded: list[dict[str, Any]]
+) -> str:
+    """The table of fmjax's cells beside torchcfm's recorded runs, and the cells that differ."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    differing = []
+    for pair in pairs:
+        for cell in (cell for cell in cells if cell["pair"] == pair["pair"]):
+            key = (cell["pair"], cell["method"])
+            runs = [run for run in recorded if (run["pair"], run["method"]) == key]
+            lines.append(_row(cell, runs, pair["squared_distance"]))
+            differing += _differences(cell, runs)
+        floor = mean_and_deviation(pair["data_to_data_wasserstein2"])
+        lines.append(f"| {pair['pair']} | data to data | {floor} | - | - | - |")
+    lines += ["", "W2^2(q0, q1): " + ", ".join(_distance(pair) for pair in pairs) + "."]
+    if recorded:
+        lines += ["", "More than two standard errors of the difference apart, fmjax against"]
+        lines += ["torchcfm (path energy: E int |v|^2 dt, of which NPE is made):", ""]
+        lines += differing or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cell: dict[str, Any], runs: list[dict[str, Any]], squared_distance: float) -> str:
+    columns = [cell["pair"], cell["method"]]
+    for values in (cell["wasserstein2"], [run["wasserstein2"] for run in runs]):
+        columns.append(mean_and_deviation(values))
+    for values in (cell["path_energy"], [run["path_energy"] for run in runs]):
+        columns.append(mean_and_deviation(path_energy_excess(values, squared_distance)))
+    return "| " + " | ".join(columns) + " |"
+
+
+def _distance(pair: dict[str, Any]) -> str:
+    value, error = pair["squared_distance"], pair["squared_distance_standard_error"]
+    return f"{pair['pair']} {value:.3f} (standard error {error:.3f})"
+
+
+def _differences(cell: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+    """A line for each quantity that is more than two standard errors apart."""
+    lines = []
+    for quantity in ("wasserstein2", "path_energy") if len(runs) > 1 else ():
+        theirs = [run[quantity] for run in runs]
+        apart = standard_errors_apart(cell[quantity], theirs)
+        if abs(apart) > 2.0:
+            both = " against ".join(mean_and_deviation(v) for v in (cell[quantity], theirs))
+            name = f"{cell['pair']}, {cell['method']}, {quantity}"
+            lines.append(f"- {name}: {both}, {apart:+.1f} standard errors.")
+    return lines
+
+
+def save_flow(path: pathlib.Path, target: np.ndarray, trajectories: np.ndarray) -> None:
+    """Test points beside 400 trajectories `[num_times, batch, 2]`."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    left.scatter(*target.T, s=3, color=GREY, linewidths=0)
+    x = trajectories[:, :400]
+    right.plot(x[..., 0], x[..., 1], color=GREY, lw=0.3, alpha=0.6)
+    right.scatter(*x[0].T, s=3, color=ORANGE, linewidths=0, label="source, t = 0")
+    right.scatter(*x[-1].T, s=3, color=BLUE, linewidths=0, label="samples, t = 1")
+    right.legend(loc="upper right", frameon=False, markerscale=3)
+    for axes, title in ((left, "test points"), (right, path.stem)):
+        axes.set(aspect="equal", xticks=[], yticks=[], title=title)
+    figure.savefig(path, dpi=110)
