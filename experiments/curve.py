@@ -64,7 +64,6 @@ def measure(
             "quality": figure.value,
             "standard_error": figure.standard_error,
             "error_rms": float(np.sqrt(np.mean(np.square(drawn.x1 - x1)))),
-            "seconds": round(drawn.seconds, 2),
         }
         rows.append(way._asdict() | row)
     return rows

@@ -18,6 +18,7 @@ from experiments.reference import Reference, load_or_compute
 from fmjax import metrics, pixels
 from fmjax.metrics.encoders import LEGACY_TENSORFLOW, TORCHMETRICS, Encoder, inception_encoder
 
+KID_IMAGES = 10_000  # real images for KID, the first: all pairs of more would cost more than shows
 PROTOCOLS = {"A": LEGACY_TENSORFLOW, "B": TORCHMETRICS}
 
 
@@ -60,11 +61,15 @@ class Judge(NamedTuple):
     allow_singular: bool
     record: dict[str, Any]
 
+    def encode(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+        """Features of pixel values `[num, ...]`, in batches of one size so that one compiles."""
+        rows = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        return np.concatenate([self.encoder.features(images[b]) for b in batches])[: len(images)]
+
     def features(self, x1: np.ndarray, num_levels: int, batch_size: int) -> np.ndarray:
         """Features of samples in [-1, 1], rounded to pixel values first."""
-        levels = np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))
-        starts = range(0, len(levels), batch_size)
-        return np.concatenate([self.encoder.features(levels[i : i + batch_size]) for i in starts])
+        return self.encode(np.asarray(pixels.quantize(jnp.asarray(x1), num_levels)), batch_size)
 
     def frechet(self, features: np.ndarray) -> metrics.Estimate:
         return metrics.frechet_estimate(
@@ -76,7 +81,7 @@ class Judge(NamedTuple):
 
     def figures(self, features: np.ndarray) -> dict[str, metrics.Estimate]:
         """Every figure of one set of features `[num, D]`, by its name."""
-        real, splits = self.reference.features, self.num_splits
+        real, splits = self.reference.features[:KID_IMAGES], self.num_splits
         found = {
             "frechet_distance": self.frechet(features),
             "kid": metrics.kernel_distance(features, real, num_splits=splits),
@@ -86,16 +91,36 @@ class Judge(NamedTuple):
             found["inception_score"] = metrics.inception_score(logits, num_splits=splits)
         return found
 
-    def check_num_samples(self, num_samples: int) -> None:
-        """Refuses, before anything is drawn, fewer samples than a full-rank covariance needs."""
-        left = num_samples - -(-num_samples // self.num_splits)  # the error leaves one group out
-        if left <= self.encoder.num_features and not self.allow_singular:
+    def check_num_samples(self, flag: str, num_samples: int) -> None:
+        """Refuses, before anything is drawn, fewer samples than the figures and errors need."""
+        splits, dim = self.num_splits, self.encoder.num_features
+        if num_samples < 2 * splits:
             raise ValueError(
-                f"A covariance of {self.encoder.num_features} features has full rank from "
-                f"{self.encoder.num_features + 1} samples on, with one of {self.num_splits} groups "
-                f"left out for the error; got {num_samples} samples. Draw more, or give "
-                "--judge.allow-few-samples and compare the figure with none."
+                f"Errors over {splits} groups need two samples in each; got {flag} {num_samples}. "
+                "Draw more, or give a smaller --judge.num-splits."
             )
+        left = num_samples - -(-num_samples // splits)  # the error leaves one group out
+        if left <= dim and not self.allow_singular:
+            least = next(n for n in range(dim, 4 * dim + 8) if n - -(-n // splits) > dim)
+            raise ValueError(
+                f"A covariance of {dim} features has full rank from {dim + 1} samples on, with one "
+                f"of {splits} groups left out for the error; got {flag} {num_samples}. Draw at "
+                f"least {least}, or give --judge.allow-few-samples and compare the figure with "
+                "none."
+            )
+
+
+def check(config: JudgeConfig) -> None:
+    """Refuses flags that can't work together, before anything is loaded."""
+    if config.num_splits < 2:
+        raise ValueError(f"--judge.num-splits must be at least 2; got {config.num_splits}.")
+    if config.inception is not None and config.encoder is not None:
+        raise ValueError("Give one of --judge.inception and --judge.encoder, not both.")
+    if config.inception is None and config.protocol != "A":
+        raise ValueError(
+            f"--judge.protocol is the Inception network's preprocessing; got {config.protocol} "
+            "without --judge.inception FILE."
+        )
 
 
 def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_size: int) -> Judge:
@@ -114,6 +139,11 @@ def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_si
             f"The Inception network takes images of 256 levels; {run_config.dataset} has "
             f"{real.num_levels}. Leave --judge.inception out: a classifier of its own serves."
         )
+    if len(real.images) <= encoder.num_features and not config.allow_few_samples:
+        raise ValueError(
+            f"A covariance of {encoder.num_features} features needs more real images; got "
+            f"{len(real.images)} in {split}. Take a larger --judge.reference-split."
+        )
     reference = load_or_compute(
         config.reference_dir, encoder, run_config.dataset, split, real.images, batch_size=batch_size
     )
@@ -124,6 +154,7 @@ def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_si
         "num_features": encoder.num_features,
         "reference": reference.record,
         "num_splits": config.num_splits,
+        "kid_images": min(KID_IMAGES, len(real.images)),
     }
     return Judge(encoder, reference, config.num_splits, config.allow_few_samples, record)
 

@@ -104,6 +104,7 @@ def quality(
         "wasserstein2_of_fresh_data": metrics.wasserstein2(points.another, points.held_out),
         "squared_mmd": errors_over_seeds(mmd) | {"kernel": "Gaussian, bandwidth 0.5"},
         "sampler": str(way),
+        "begun_on": store.begun_on,
         "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
         "seconds": round(sum(run.seconds for run in runs), 1),
     }, runs[0].x1

@@ -55,23 +55,35 @@ def measure(
     def levels(x1: np.ndarray) -> np.ndarray:
         return np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))
 
-    def features(name: str, images: np.ndarray) -> np.ndarray:
-        return encoded.get(name, lambda: {"features": judge.encoder.features(images)})["features"]
-
     runs, figures = [], []
     for seed in progress(seeds, "seeds"):
         key = jax.random.fold_in(jax.random.key(seed), 1)
         name = f"seed_{seed}"
         run = drawing.draw(solve, way, drawn, name, key, shape, num_samples, levels)
-        batches = [run.x1[i : i + shape[0]] for i in range(0, num_samples, shape[0])]
-        found = [features(f"{name}_batch_{i:04d}", batch) for i, batch in enumerate(batches)]
-        figures.append(judge.figures(np.concatenate(found)))
+        figures.append(judge.figures(encode_samples(judge, encoded, name, run.x1, shape[0])))
         runs.append(run)
     return {
         "num_samples": num_samples,
         "seeds": list(seeds),
         **{name: errors_over_seeds([figure[name] for figure in figures]) for name in figures[0]},
         "sampler": str(way),
+        "begun_on": drawn.begun_on,
         "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
         "seconds": round(sum(run.seconds for run in runs), 1),
     }, runs[0].x1[: shape[0]]
+
+
+def encode_samples(
+    judge: Judge, store: Store, name: str, images: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """Features `[num, D]`, each batch computed once; a short last one has a name of its own."""
+
+    def batch(i: int) -> np.ndarray:
+        part = images[i * batch_size : (i + 1) * batch_size]
+        short = "" if len(part) == batch_size else f"_first_{len(part)}"
+        arrays = store.get(
+            f"{name}_batch_{i:04d}{short}", lambda: {"features": judge.encode(part, batch_size)}
+        )
+        return arrays["features"]
+
+    return np.concatenate([batch(i) for i in range(-(-len(images) // batch_size))])

@@ -34,8 +34,11 @@ def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
         part = "" if error is None else f"; of the error {error:.4f} is the divergence's"
         one = bound["standard_error_of_one_image"]
         part += "" if one is None else f", {one:.3f} on one image"
+        low = bound["too_low_by_at_most"]
+        part += "" if low is None else f"; the probes' noise lowers it by at most {low:.4f}"
         figure = f"{bound['bits_per_dim']:.4f} ± {bound['standard_error']:.4f}"
-        rows.append((f"bits/dim, at most: {bound['bound']}", figure, images + part))
+        kind = "at most" if bound["is_a_bound"] else "estimate of the bound"
+        rows.append((f"bits/dim, {kind}: {bound['bound']}", figure, images + part))
     error = likelihood["solver_error"]
     rows.append(
         (
@@ -77,8 +80,12 @@ def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
         "kid": "KID under the same encoder",
         "inception_score": "Inception score under the same encoder",
     }
+    kid = how.replace(f"{reference['num_images']} images", f"the first {quality['kid_images']}")
     found = [(label, quality[name]) for name, label in names.items() if name in quality]
-    return [(label, _over_seeds(figure), how) for label, figure in found]
+    return [
+        (label, _over_seeds(figure), kid if label.startswith("KID") else how)
+        for label, figure in found
+    ]
 
 
 def _plane_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tqdm
 
-from experiments.run import write_json
+from experiments.run import environment, write_json
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -38,8 +38,10 @@ class Store:
         self.folder = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "computed.jsonl"
-        if not (self.folder / "settings.json").exists():
-            write_json(self.folder / "settings.json", settings)
+        record = self.folder / "settings.json"
+        if not record.exists():
+            write_json(record, {"settings": settings, "begun_on": environment()})
+        self.begun_on: dict[str, Any] = json.loads(record.read_text())["begun_on"]
 
     def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """The batch of this name: read where it is stored, else computed and stored.

@@ -50,13 +50,16 @@ def markdown(
             key = (cell["pair"], cell["method"])
             runs = [run for run in recorded if (run["pair"], run["method"]) == key]
             lines.append(_row(cell, runs, pair["squared_distance"]))
-            differing += _differences(cell, runs)
+            differing += _differences(cell, runs, pair["squared_distance"])
         floor = mean_and_deviation(pair["data_to_data_wasserstein2"])
         lines.append(f"| {pair['pair']} | data to data | {floor} | - | - | - |")
     lines += ["", "W2^2(q0, q1): " + ", ".join(_distance(pair) for pair in pairs) + "."]
     if recorded:
-        lines += ["", "More than two standard errors of the difference apart, fmjax against"]
-        lines += ["torchcfm (path energy: E int |v|^2 dt, of which NPE is made):", ""]
+        lines += [
+            "",
+            "More than two standard errors of the difference apart, fmjax against torchcfm:",
+        ]
+        lines += [""]
         lines += differing or ["None."]
     return "\n".join(lines) + "\n"
 
@@ -75,16 +78,23 @@ def _distance(pair: dict[str, Any]) -> str:
     return f"{pair['pair']} {value:.3f} (standard error {error:.3f})"
 
 
-def _differences(cell: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+def _differences(
+    cell: dict[str, Any], runs: list[dict[str, Any]], squared_distance: float
+) -> list[str]:
     """A line for each quantity that is more than two standard errors apart."""
+    if len(runs) < 2:
+        return []
+    theirs = {name: [run[name] for run in runs] for name in ("wasserstein2", "path_energy")}
+    excess = [path_energy_excess(x["path_energy"], squared_distance) for x in (cell, theirs)]
+    both_of = {"W2": (cell["wasserstein2"], theirs["wasserstein2"]), "NPE": (excess[0], excess[1])}
     lines = []
-    for quantity in ("wasserstein2", "path_energy") if len(runs) > 1 else ():
-        theirs = [run[quantity] for run in runs]
-        apart = standard_errors_apart(cell[quantity], theirs)
+    for name, (ours, others) in both_of.items():
+        apart = standard_errors_apart(ours, others)
         if abs(apart) > 2.0:
-            both = " against ".join(mean_and_deviation(v) for v in (cell[quantity], theirs))
-            name = f"{cell['pair']}, {cell['method']}, {quantity}"
-            lines.append(f"- {name}: {both}, {apart:+.1f} standard errors.")
+            both = " against ".join(mean_and_deviation(values) for values in (ours, others))
+            lines.append(
+                f"- {cell['pair']}, {cell['method']}, {name}: {both}, {apart:+.1f} standard errors."
+            )
     return lines
 
 

@@ -61,8 +61,13 @@ def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
             f"A run folder must hold config.json; got {folder}, which does not. Train one first, "
             "python -m experiments.digits for example, and name its folder, runs/digits."
         )
-    record = json.loads(path.read_text())
-    name = record.get("experiment")
+    try:
+        record = json.loads(path.read_text())
+        name = record["experiment"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} must be the JSON record of a run; got something else. Is it truncated?"
+        ) from None
     if name not in CONFIGS:
         raise ValueError(f"The experiment must be one of {sorted(CONFIGS)}; {path} has {name!r}.")
     try:
@@ -131,8 +136,8 @@ def _from_flags(cls: type[Any], flags: dict[str, Any]) -> Any:
     if unknown := sorted(flags.keys() - {field.name for field in dataclasses.fields(cls)}):
         raise KeyError(", ".join(unknown))
     hints = typing.get_type_hints(cls)
-    values = {field.name: flags[field.name] for field in dataclasses.fields(cls)}
-    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+    # A flag that the run did not know yet has its default.
+    return cls(**{name: _value(hints[name], value) for name, value in flags.items()})
 
 
 def _value(hint: Any, value: Any) -> Any:

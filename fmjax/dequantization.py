@@ -13,9 +13,9 @@ often from the middle of a level; it fits a density that is peaked there.
 Log-densities are in nats per example. `bits_per_dim(log_P, shape, num_levels=L, low=0, high=L)`
 makes bits of the bound: in units of levels a box has the volume 1.
 
-With an unbiased but noisy estimate of log p the mean of the w_k is too large by half the noise's
-variance, and the bound may fail. An estimate whose noise is the same for all draws of an image
-(one Hutchinson probe for all of them) leaves the differences between the draws nearly exact.
+With an unbiased but noisy estimate of log p the mean of the w_k is too large, by half the variance
+of the noise that differs between the draws, and the bound may fail. The same Hutchinson probes for
+all draws of an image leave the smaller part of that noise, not none.
 
 Sources: Theis et al. 2015, arXiv 1511.01844 (section 3.1); Burda et al. 2015, arXiv 1509.00519
 (the bound in K); Zheng et al. 2023, arXiv 2305.03935 (truncated normal).
@@ -26,7 +26,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtr
 
 from .pixels import dequantize
 
@@ -84,10 +83,10 @@ def truncated_normal_dequantizer(num_levels: int = 256, *, std: float = 0.5) -> 
         # The uniform draw is the quantile that becomes the normal one: same box, same checks.
         middle = 2 * (images.astype(jnp.float32) + 0.5) / num_levels - 1
         u = (dequantize(key, images, num_levels) - middle) * num_levels / 2 + 0.5
-        inside = 2 * ndtr(jnp.float32(bound)) - 1
+        inside = math.erf(bound / math.sqrt(2))  # float32 would lose it for a large std
         z = jax.scipy.special.ndtri((1 - inside) / 2 + inside * u)
         z = jnp.clip(z, -bound * (1 - 1e-4), bound * (1 - 1e-4))  # rounding must not leave the box
-        log_density = -0.5 * (z**2 + math.log(2 * math.pi)) - jnp.log(std * inside)
+        log_density = -0.5 * (z**2 + math.log(2 * math.pi)) - math.log(std * inside)
         log_density = log_density + math.log(num_levels / 2)
         return middle + 2 * std * z / num_levels, jnp.sum(log_density, range(1, images.ndim))
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +23,12 @@ import fmjax as fm
 from experiments import (
     classifier,
     curve,
-    densities,
     digits,
     drawing,
     evaluate,
     judging,
     loop,
+    quality,
     report,
     store,
     trained,
@@ -36,7 +37,7 @@ from experiments import (
 from experiments.images import UNetConfig
 from experiments.run import Run
 from fmjax import pixels
-from fmjax.metrics import Estimate
+from fmjax.metrics.encoders import Encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -86,6 +87,14 @@ def folders(tmp_path_factory, compiled):
     record |= {"sha256": hashlib.sha256(weights).hexdigest()}
     classifier.write(folder / "encoder", weights, record)
     return folder
+
+
+# What a 2-D run takes as it is.
+PLANE = {
+    name: field.default
+    for name, field in evaluate.Config.__dataclass_fields__.items()
+    if name in evaluate.protocol.IMAGE_FLAGS
+}
 
 
 def config(folders, run, **kwargs):
@@ -151,7 +160,7 @@ def test_the_bound_is_that_of_a_direct_solve(folders, evaluated):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
     x = pixels.dequantize(jax.random.fold_in(key, 1), images[:40], 17)
     divergence = fm.hutchinson_divergence(jax.random.fold_in(key, 0), 2)
-    controller = evaluate.densities.diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
     log_p = jax.jit(
         lambda x: fm.log_prob(
             model.velocity(model.params), x, divergence=divergence, stepsize_controller=controller
@@ -181,6 +190,23 @@ def test_nothing_is_computed_twice(folders, evaluated):
         other["quality"]["frechet_distance"]["per_seed"][0]
         == (result["quality"]["frechet_distance"]["per_seed"][0])
     )
+
+
+def test_another_number_of_samples_takes_no_stale_features(tmp_path):
+    """The last batch of 100 = 40 + 40 + 20 is a short one; it is filled up for the encoder."""
+    images = np.random.default_rng(0).integers(17, size=(120, 8, 8, 1), dtype=np.uint8)
+    sizes = set()
+
+    def features(images):
+        sizes.add(len(images))
+        return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    judge = judging.Judge(Encoder("e", "d", features, None, 3), None, 4, False, {})  # pyright: ignore
+    encoded = store.Store(tmp_path, "features", {})
+    for num in (95, 100, 90, 120, 95):
+        got = quality.encode_samples(judge, encoded, "seed_0", images[:num], 40)
+        np.testing.assert_array_equal(got, images[:num].reshape(num, -1)[:, :3])
+    assert sizes == {40}
 
 
 def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
@@ -213,7 +239,8 @@ def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
 
 def test_the_plane(folders):
     run = folders / "two_moons"
-    result = evaluate.main(config(folders, run))
+    result = evaluate.main(config(folders, run, **PLANE))
+    assert "num_draws" not in result["protocol"]["flags"]  # flags that don't count are left out
     likelihood = result["likelihood"]
     assert abs(likelihood["density_integral"] - 1) < 0.01  # a sum over cells of width 0.035
     assert abs(likelihood["solver_error"]["difference"]) < 1e-3
@@ -235,17 +262,6 @@ def test_last_parameters_are_others_than_the_average(folders):
     average, last = (trained.load(folders / "digits", (8, 8, 1), average=a) for a in (True, False))
     assert average.digest != last.digest and average.step == last.step == 30
     assert average.config.model == last.config.model
-
-
-def test_interval():
-    bits = np.array([[1.0, 2.0, 4.0], [1.2, 2.4, 3.8]])
-    mean, probes, image = densities.interval(bits)
-    per_image = np.array([1.1, 2.2, 3.9])
-    assert mean == Estimate(per_image.mean(), per_image.std(ddof=1) / np.sqrt(3))
-    variances = np.array([0.02, 0.08, 0.02]) / 2  # of two values d apart: d^2 / 2; of their mean
-    assert probes == pytest.approx(np.sqrt(variances.sum()) / 3)
-    assert image == pytest.approx(np.sqrt(variances.mean()))
-    assert densities.interval(bits[:1])[1:] == (None, None)
 
 
 def test_ways():
@@ -286,8 +302,14 @@ def test_errors(folders, tmp_path):
         ({"batch_size": 12}, "multiple of the number of devices"),
         ({"tolerance": 0.0}, "--tolerance must be positive"),
         ({"num_probes": 0}, "--num-probes must be at least 1"),
-        ({"num_samples": 80}, "A covariance of 64 features"),
-        ({"curve_examples": 60}, "A covariance of 64 features"),
+        ({"num_samples": 80}, "got --num-samples 80. Draw at least 87"),
+        ({"curve_examples": 60}, "got --curve-examples 60"),
+        ({"curve_examples": -1}, "--curve-examples must be 0 or more"),
+        ({"curve_tolerances": ()}, "--curve-tolerances must be positive"),
+        ({"curve_evaluations": (4, -8)}, "--curve-evaluations must be positive"),
+        ({"eval_examples": 1}, "--eval-examples must be at least 2"),
+        ({"judge": judging.JudgeConfig(num_splits=1)}, "--judge.num-splits must be at least 2"),
+        ({"judge": judging.JudgeConfig(protocol="B")}, "without --judge.inception"),
         ({"judge": judging.JudgeConfig(inception=tmp_path / "x.pth")}, "x.pth"),
         ({"judge": judging.JudgeConfig(encoder=tmp_path / "none")}, "experiments.encoder"),
     ):
@@ -296,6 +318,10 @@ def test_errors(folders, tmp_path):
     assert store.num_computed(run / "evaluation") == 0  # all of it before any work
     with evaluate.lock(run / "evaluation"), pytest.raises(ValueError, match="one process's"):
         evaluate.main(config(folders, run))
+    with pytest.raises(ValueError, match="are for image runs.*: --num-draws"):
+        evaluate.main(config(folders, folders / "two_moons", **PLANE | {"num_draws": 2}))
+    with pytest.raises(ValueError, match="at most the 2048 held-out points"):
+        evaluate.main(config(folders, folders / "two_moons", **PLANE | {"curve_examples": 3000}))
     empty = shutil.copytree(run, tmp_path / "empty")
     shutil.rmtree(empty / "checkpoints")
     with pytest.raises(ValueError, match="must hold a checkpoint"):

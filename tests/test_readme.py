@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from experiments import report
+from experiments import report, toy_report
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/benchmarks/results"
@@ -85,3 +85,20 @@ def test_the_evaluations_are_the_recorded_ones(path):
 
 def test_the_readme_shows_an_evaluation():
     assert re.search(r"<!-- evaluation (\w+) -->", (ROOT / "README.md").read_text())
+
+
+def test_the_toy_table_is_the_recorded_one():
+    made = [
+        json.loads((RESULTS / f"{n}.json").read_text()) for n in ("toy_table", "toy_table_torchcfm")
+    ]
+    text = toy_report.markdown(made[0]["pairs"], made[0]["cells"], made[1]["runs"])
+    assert (RESULTS / "toy_table.md").read_text() == text
+    copied = re.search(r"<!-- toy table -->\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
+    assert copied.group(1) == text.split("\n\n")[0]
+
+
+def test_the_divergences_are_the_recorded_ones():
+    errors = json.loads((RESULTS / "divergence.json").read_text())["rmse_bits_per_dim"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for row in errors.values():
+        assert "{:.3f}, {:.3f} and {:.3f}".format(*row.values()) in text

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.toy_table_torchcfm
 
-in an environment with the extra `benchmarks` (torch, torchcfm, torchdyn, POT); no JAX is needed.
+in an environment with the extra `benchmarks` (torch, torchcfm, which brings torchdyn, and POT). It
+imports no JAX.
 torchcfm's matchers, MLP (SELU, time beside the coordinates), exact-OT sampler and 2-Wasserstein
 distance, torch's AdamW and torchdyn's Euler solver; data from scikit-learn and torchdyn, scaled as
 the repository's own runner scales them. Protocol and sources: docstring of `experiments.toy_table`.

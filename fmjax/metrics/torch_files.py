@@ -69,6 +69,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return read(path)
     except _Unfit as error:
         raise ValueError(f"{path}: {error}") from None
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # damaged bytes make pickle and zipfile raise nearly anything
         raise ValueError(
             f"{path} must be a whole file; reading it ended with {type(error).__name__}: {error}. "

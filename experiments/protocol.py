@@ -1,0 +1,122 @@
+"""The flags of an evaluation, what they may be, and what of them stands beside the figures."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import judging, trained
+from experiments.run import environment, flags
+from fmjax import data, sharding
+
+NUM_POINTS = 2048  # held-out points of a 2-D run
+IMAGE_FLAGS = ("tolerance", "num_samples", "eval_examples", "num_draws", "dequantization")
+IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Evaluates a finished run."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Run folder of an image or 2-D experiment."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the noise; the figures are means over them. The first also seeds the likelihood."""
+    average: bool = True
+    """Whether to evaluate the moving average of the parameters, or the last ones."""
+    batch_size: int = 128
+    """Examples per solve, over all devices. They share the adaptive step."""
+    tolerance: float = 1e-3
+    """Of Tsit5, relative and absolute, in samples and likelihoods of images. In the plane 1e-5."""
+    num_samples: int = 1000
+    """Samples per seed. Published figures want 50000. In the plane: as many as held-out points."""
+    eval_examples: int = 256
+    """Held-out images for bits/dim, the first of the run's --eval-split. In the plane 2048."""
+    num_draws: int = 1
+    """K, dequantisation draws per image; above 1 the importance-weighted bound is reported too."""
+    dequantization: Literal["uniform", "truncated-normal"] = "uniform"
+    """How levels become real numbers."""
+    divergence: Literal["hutchinson", "exact"] = "hutchinson"
+    """Hutchinson's estimate, or the exact trace, which costs a product per pixel."""
+    num_probes: int = 2
+    """Hutchinson probes per image, fixed during a solve; two or more show their own error."""
+    probe: Literal["rademacher", "gaussian"] = "rademacher"
+    """What the probes are drawn from."""
+    judge: judging.JudgeConfig = judging.JudgeConfig()
+    """What sample quality is measured with."""
+    curve_examples: int = 500
+    """Samples per point of the curve of quality against evaluations; 0 for no curve."""
+    curve_evaluations: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 200)
+    """Evaluations of the solvers with equal steps."""
+    curve_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
+    """Tolerances of the adaptive solvers."""
+
+
+def check(config: Config) -> None:
+    """Refuses flags that can't work, before anything is loaded."""
+    for name in ("batch_size", "tolerance", "num_samples", "eval_examples", "num_draws"):
+        if not getattr(config, name) > 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be positive; got {getattr(config, name)}.")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f"--seeds must be different and not negative; got {config.seeds}.")
+    if config.num_probes < 1:
+        raise ValueError(f"--num-probes must be at least 1; got {config.num_probes}.")
+    if config.eval_examples < 2:
+        raise ValueError(f"--eval-examples must be at least 2; got {config.eval_examples}.")
+    if config.curve_examples < 0:
+        raise ValueError(f"--curve-examples must be 0 or more; got {config.curve_examples}.")
+    for name in ("curve_evaluations", "curve_tolerances"):
+        values = getattr(config, name)
+        if not values or not min(values) > 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be positive, at least one; got {values}.")
+    judging.check(config.judge)
+    sharding.check_batch_size(config.batch_size, jax.device_count())
+
+
+def identity(model: trained.Trained, config: Config) -> dict[str, Any]:
+    """What every stored number depends on. A solve's step is shared by its batch."""
+    return {"parameters": model.digest, "batch_size": config.batch_size}
+
+
+def record(
+    config: Config, model: trained.Trained, leave_out: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """How the figures were made: flags that count, parameters, device and versions."""
+    unused = ("run", *leave_out)
+    asked = {name: value for name, value in flags(config).items() if name not in unused}
+    return {
+        "experiment": model.experiment,
+        "step": model.step,
+        "parameters": "moving average" if model.average else "last",
+        "parameters_sha256": model.digest,
+        "flags": asked,
+    } | environment()
+
+
+def refuse_image_flags(config: Config) -> None:
+    """A 2-D run's likelihood is exact and its samples are as many as the held-out points."""
+    if config.curve_examples > NUM_POINTS:
+        raise ValueError(
+            f"--curve-examples must be at most the {NUM_POINTS} held-out points of a 2-D run; got "
+            f"{config.curve_examples}."
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in IMAGE_FLAGS if getattr(config, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"These flags are for image runs; {config.run} is a 2-D one: {names}.")
+
+
+def first(dataset: data.ImageDataset, num: int) -> data.ImageDataset:
+    """The first `num` examples, or all where there are fewer."""
+    return dataset._replace(images=dataset.images[:num], labels=dataset.labels[:num])
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
