@@ -155,7 +155,7 @@ def test_every_public_name_stands_in_the_readme():
     assert not missing
 
 
-@pytest.mark.parametrize("module", CORE)
+@pytest.mark.parametrize("module", (*CORE, "dequantization"))
 def test_docstring_examples_run(module):
     module = importlib.import_module(f"fmjax.{module}")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -262,6 +262,11 @@ def test_last_parameters_are_others_than_the_average(folders):
     average, last = (trained.load(folders / "digits", (8, 8, 1), average=a) for a in (True, False))
     assert average.digest != last.digest and average.step == last.step == 30
     assert average.config.model == last.config.model
+    settings = config(folders, folders / "digits")
+    keys = [evaluate.protocol.identity(model, settings) for model in (average, last)]
+    assert keys[0] != keys[1]  # no stored batch of one is taken for the other's
+    other = dataclasses.replace(settings, batch_size=80)  # a batch shares its adaptive step
+    assert evaluate.protocol.identity(average, other) != keys[0]
 
 
 def test_ways():
