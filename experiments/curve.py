@@ -51,7 +51,7 @@ def measure(
     key = jax.random.fold_in(jax.random.key(seed), 2)
 
     def samples(way: drawing.Way) -> drawing.Drawn:
-        name = str(way).replace(",", "").replace(" ", "_")
+        name = f"seed_{seed}_{way}".replace(",", "").replace(" ", "_")
         return drawing.draw(solve, way, store, name, key, shape, num)
 
     exact = drawing.Way("Tsit5", tolerance=tight)

@@ -127,15 +127,16 @@ def evaluate_plane(
         "data": protocol.digest(held_out),
     }
     way = drawing.Way("Tsit5", tolerance=tolerance)
+    at_once = num - num % jax.device_count()
     store = Store(folder, "log_prob", base)
     likelihood = plane.likelihood(model, store, held_out, tolerance)
     density, mass = plane.density(model, store, tolerance)
     measured, drawn = plane.quality(
         model,
-        Store(folder, "samples", base),
+        Store(folder, "samples", base | {"batch_size": at_once}),
         plane.Points(held_out, another),
         way=way,
-        batch_size=num - num % jax.device_count(),
+        batch_size=at_once,
         seeds=config.seeds,
     )
     plots.save_density(folder / "density.png", held_out, drawn, density, extent=plane.EXTENT)

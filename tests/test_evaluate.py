@@ -37,6 +37,7 @@ from experiments import (
 from experiments.images import UNetConfig
 from experiments.run import Run
 from fmjax import pixels
+from fmjax.metrics import Estimate
 from fmjax.metrics.encoders import Encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -279,6 +280,23 @@ def test_ways():
     assert curve.over_seeds([1.0])["standard_deviation_over_seeds"] is None
 
 
+def test_the_curve_of_another_seed_is_another(tmp_path):
+    """In one store: equal seeds read what is there, another seed's noise is not taken for it."""
+    model = trained.Trained("known", None, 0, {}, lambda params: lambda t, x: -x, "", True)  # pyright: ignore
+    points = drawing.ways((4,), (0.1,))
+
+    def measure(seed):
+        return curve.measure(
+            model, store.Store(tmp_path, "curve", {}), (8, 2), 12, points,
+            lambda x1: Estimate(float(x1.mean()), 0.0), seed=seed, tight=1e-4,
+        )  # fmt: skip
+
+    first, second = measure(0), measure(1)
+    assert all(a["quality"] != b["quality"] for a, b in zip(first, second, strict=True))
+    computed = store.num_computed(tmp_path)
+    assert measure(0) == first and store.num_computed(tmp_path) == computed == 2 * 2 * len(first)
+
+
 def test_store(tmp_path):
     batches = store.Store(tmp_path, "samples", {"seed": 0})
     first = batches.get("a", lambda: {"x": np.arange(3)})
@@ -309,6 +327,7 @@ def test_errors(folders, tmp_path):
         ({"num_probes": 0}, "--num-probes must be at least 1"),
         ({"num_samples": 80}, "got --num-samples 80. Draw at least 87"),
         ({"curve_examples": 60}, "got --curve-examples 60"),
+        ({"num_samples": 7}, "two samples in each; got --num-samples 7"),
         ({"curve_examples": -1}, "--curve-examples must be 0 or more"),
         ({"curve_tolerances": ()}, "--curve-tolerances must be positive"),
         ({"curve_evaluations": (4, -8)}, "--curve-evaluations must be positive"),
