@@ -22,8 +22,8 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from experiments.records import write_json
 from experiments.reference import write_whole
-from experiments.run import write_json
 from fmjax.metrics.encoders import Encoder
 
 _KEYS = frozenset({"name", "dataset", "config", "network", "image_shape", "sha256"})

@@ -31,7 +31,7 @@ from experiments import (
     two_moons,
 )
 from experiments.protocol import Config
-from experiments.run import lock, write_json
+from experiments.records import lock, write_json
 from experiments.store import Store, num_computed
 from fmjax import data, dequantization
 from fmjax.metrics import Estimate

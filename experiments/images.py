@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import jax
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import loop, plots
-from experiments.run import Run, RunConfig, check, draw_path_sample
-from fmjax import data, models, pixels, training
+from experiments import cluster, loop, plots, step
+from experiments.config import RunConfig, begin, mesh
+from experiments.run import Run
+from fmjax import data, models, pixels, sharding, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class ImageConfig(RunConfig):
     """Whether to mirror images left to right at random."""
     model: UNetConfig = UNetConfig()
     """The U-Net's size."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's computation in training. Parameters, statistics and loss stay float32."""
+    remat: bool = False
+    """Whether the backward pass computes a block's activations again instead of keeping them."""
     num_samples: int = 64
     """Images to draw at the end."""
     sample_tolerance: float = 1e-3
@@ -77,43 +82,29 @@ class ImageConfig(RunConfig):
 
 def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     """Trains, draws, measures; returns what stands in summary.json."""
-    check(config)
+    begin(config)
     dataset = load(config, config.train_split)
     held_out = load(config, config.eval_split)
     model = models.UNet(**dataclasses.asdict(config.model))
+    trained = model.clone(dtype=jnp.dtype(config.precision))
     shape, levels = dataset.images.shape[1:], dataset.num_levels
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
     jax.eval_shape(init, jax.random.key(0))  # a size that can't work is refused here
     key_params, key_train, key_x0, key_eval = jax.random.split(jax.random.key(config.seed), 4)
-    tx = loop.make_optimizer(config)
+    tx = step.make_optimizer(config)
     with Run(name, config) as run:
-        state = loop.init_state(init, key_params, tx)
-        step_fn = loop.make_step(config, make_draw(config, levels), make_loss(model), tx)
-        state, rate = loop.train(run, state, step_fn, key_train, dataset.images)
-        plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
-        params, step = jax.device_get(state.ema_params), int(state.step)
-
-        print(f"Drawing {config.num_samples} samples ...", flush=True)
-        solve = jax.jit(functools.partial(draw_samples, model, config.sample_tolerance))
-        x0 = jax.random.normal(key_x0, (config.num_samples, *shape))
-        x1, num_evaluations = solve(params, x0)
-        grid = run.folder / "samples" / f"step_{step:08d}.png"
-        images = np.asarray(pixels.quantize(x1, levels))
-        plots.save_grid(images, grid, num_levels=levels)
-
-        print("Bits/dim of held-out images ...", flush=True)
-        bits = measure_bits_per_dim(model, config, params, held_out, key_eval)
+        state = step.init_state(config, init, key_params, tx)
+        draw, loss_fn = make_draw(config, levels), make_loss(trained)
+        steps = step.make_steps(config, draw, loss_fn, tx, state)
+        state, rate = loop.train(run, state, steps, key_train, dataset.images)
         summary = {
             "experiment": name,
-            "step": step,
-            "loss": run.metrics()[-1]["loss"],
-            "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
-            **bits,
-            "num_evaluations": int(num_evaluations),
-            "sampler": f"Tsit5, tolerance {config.sample_tolerance:g}, EMA parameters",
+            "step": int(state.step),
+            "num_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            **save_samples(run, model, config, state, levels, shape, key_x0),
+            **measure_bits_per_dim(model, config, state.ema_params, held_out, key_eval),
             "images_per_second": rate,
             "wall_seconds": round(run.seconds, 1),
-            "samples": str(grid.relative_to(run.folder)),
         }
         run.finish(summary)
     return summary
@@ -126,7 +117,7 @@ def load(config: ImageConfig, split: str) -> data.ImageDataset:
     return data.load(config.dataset, split, config.data_dir)
 
 
-def make_draw(config: ImageConfig, num_levels: int) -> loop.Draw:
+def make_draw(config: ImageConfig, num_levels: int) -> step.Draw:
     """`(key, uint8 images) -> PathSample`: flip, dequantise, pair with noise, choose times."""
 
     def draw(key: jax.Array, images: jax.Array) -> fm.PathSample:
@@ -134,7 +125,7 @@ def make_draw(config: ImageConfig, num_levels: int) -> loop.Draw:
         if config.flip:
             images = pixels.random_flip(key_flip, images)
         x1 = pixels.dequantize(key_u, images, num_levels)
-        return draw_path_sample(config, key_path, x1)
+        return step.draw_path_sample(config, key_path, x1)
 
     return draw
 
@@ -149,14 +140,42 @@ def make_loss(model: models.UNet) -> training.LossFn:
     return loss_fn
 
 
-def draw_samples(
-    model: models.UNet, tolerance: float, params: Any, x0: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Samples and the evaluations that they took."""
-    velocity = functools.partial(model.apply, params)
-    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
-    trajectory = fm.integrate(velocity, x0, stepsize_controller=controller)
-    return trajectory.x[-1], trajectory.num_evaluations
+def save_samples(
+    run: Run,
+    model: models.UNet,
+    config: ImageConfig,
+    state: training.TrainState,
+    num_levels: int,
+    shape: tuple[int, ...],
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Draws samples over all devices and saves their picture and the loss curve."""
+    controller = diffrax.PIDController(rtol=config.sample_tolerance, atol=config.sample_tolerance)
+
+    @jax.jit
+    def solve(params: Any, x0: jax.Array) -> tuple[jax.Array, jax.Array]:
+        velocity = functools.partial(model.apply, params)
+        trajectory = fm.integrate(velocity, x0, stepsize_controller=controller)
+        return trajectory.x[-1], trajectory.num_evaluations
+
+    _say(f"Drawing {config.num_samples} samples ...")
+    x0 = np.asarray(jax.random.normal(key, (config.num_samples, *shape)))
+    x1, num_evaluations = sharding.whole(solve(state.ema_params, sharding.spread(x0, mesh(config))))
+    grid = run.folder / "samples" / f"step_{int(state.step):08d}.png"
+    if cluster.is_main():
+        plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
+        images = np.asarray(pixels.quantize(x1, num_levels))
+        plots.save_grid(images, grid, num_levels=num_levels)
+    return {
+        "num_evaluations": int(num_evaluations),
+        "sampler": f"Tsit5, tolerance {config.sample_tolerance:g}, EMA parameters",
+        "samples": str(grid.relative_to(run.folder)),
+    }
+
+
+def _say(text: str) -> None:
+    if cluster.is_main():
+        print(text, flush=True)
 
 
 def measure_bits_per_dim(
@@ -182,10 +201,12 @@ def measure_bits_per_dim(
         )
         return fm.bits_per_dim(log_p, batch.shape[1:], num_levels=dataset.num_levels)
 
+    _say("Bits/dim of held-out images ...")
     began, values = time.perf_counter(), []
     for start in range(0, len(images), size):
         rows = np.arange(start, start + size) % len(images)  # a short last batch is filled up
-        values.append(np.asarray(bits(params, jax.random.fold_in(key, start), images[rows])))
+        batch = sharding.spread(images[rows], mesh(config))
+        values.append(sharding.whole(bits(params, jax.random.fold_in(key, start), batch)))
     values = np.concatenate(values)[: len(images)]
     return {
         "bits_per_dim": float(values.mean()),

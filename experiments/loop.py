@@ -1,149 +1,139 @@
-"""The training loop that the experiments share: a step, a loop, nothing about any data set.
+"""The training loop that the experiments share: batches, steps, and what may end them.
 
-What is random in a step, the noise, the pairing and the times, is drawn for the whole global batch
-by `draw`, before the step is spread over the devices; `loss_fn` sees only its result. So the jit
-and the pmap road train on the same numbers, whatever the number of devices.
+The host stays ahead of the device: it gathers and sends the next batches while the device works on
+the last ones, and looks at metrics only when the next dispatch is under way. So a step that is not
+finite is noticed one dispatch later, and never saved.
 """
 
 import math
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 import tqdm
 
-from experiments.run import Run, RunConfig
+from experiments import cluster
+from experiments.config import RunConfig, mesh
+from experiments.failures import NotFinite
+from experiments.run import Run
+from experiments.step import Steps
 from fmjax import data, sharding, training
 
-Draw = Callable[[jax.Array, jax.Array], Any]
 
+class Dispatch(NamedTuple):
+    """Steps that the device takes at a time.
 
-def make_step(
-    config: RunConfig, draw: Draw, loss_fn: training.LossFn, tx: Any
-) -> training.TrainStep:
-    """The compiled step `(state, key, x1) -> (state, metrics)` on all devices.
-
-    Args:
-      config: the run's flags; `parallel` chooses the road.
-      draw: `(key, x1) -> drawn`, all that is random, `[batch, ...]`.
-      loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
-      tx: an Optax transformation.
+    Attributes:
+      first: the first step, counted from 1.
+      last: the last one.
+      rows: this process's examples of each step, `[num_steps, local_batch]`.
     """
-    mesh = sharding.make_mesh()
-    if config.parallel == "pmap":
-        step = training.make_train_step(
-            loss_fn, tx, ema_decay=config.ema_decay, axis_name=sharding.DATA_AXIS
-        )
-        mapped = sharding.pmap_train_step(step)
-        draw_batch = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
 
-        def pmap_step(state, key, x1):
-            key_draw, key_loss = jax.random.split(key)
-            return mapped(state, key_loss, draw_batch(jax.random.fold_in(key_draw, state.step), x1))
-
-        return pmap_step
-
-    step = training.make_train_step(loss_fn, tx, ema_decay=config.ema_decay)
-
-    def whole_step(state, key, x1):
-        key_draw, key_loss = jax.random.split(key)
-        return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), x1))
-
-    jitted = sharding.jit_train_step(whole_step, mesh)
-    return lambda state, key, x1: jitted(state, key, sharding.shard_batch(x1, mesh))
+    first: int
+    last: int
+    rows: np.ndarray
 
 
-def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """Adam as the flags say."""
-    return training.adam(
-        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
-    )
-
-
-def init_state(
-    init_params: Callable[[jax.Array], Any], key: jax.Array, tx: Any
-) -> training.TrainState:
-    """The first state, made in place on every device."""
-    whole = sharding.replicated(sharding.make_mesh())
-    init = jax.jit(lambda key: training.init_train_state(init_params(key), tx), out_shardings=whole)
-    return init(key)
+def dispatches(config: RunConfig, num_examples: int, start: int) -> Iterator[Dispatch]:
+    """The steps after `start`, cut at the multiples of `steps_per_dispatch`."""
+    batches = data.batches(num_examples, config.batch_size, seed=config.seed, start_step=start)
+    local = sharding.local_rows(config.batch_size, mesh(config))
+    while start < config.num_steps:
+        size = config.steps_per_dispatch
+        last = min((start // size + 1) * size, config.num_steps)
+        rows = np.stack([next(batches)[local] for _ in range(last - start)])
+        yield Dispatch(start + 1, last, rows)
+        start = last
 
 
 def train(
-    run: Run,
-    state: training.TrainState,
-    step_fn: training.TrainStep,
-    key: jax.Array,
-    x1: np.ndarray,
+    run: Run, state: training.TrainState, steps: Steps, key: jax.Array, x1: np.ndarray
 ) -> tuple[training.TrainState, float | None]:
     """Trains from the last checkpoint to `num_steps`, with a progress bar.
 
     Args:
       run: the open run folder.
       state: a fresh state, which also says what a checkpoint must look like.
-      step_fn: from `make_step`.
+      steps: from `make_steps`.
       key: the run's training key.
       x1: the data, `[num_examples, *event]`.
 
     Returns:
-      The state, and examples per second of this start without its first step (which compiles), or
-      None if there were fewer than two steps to take.
+      The state, and examples per second of this start without its first dispatch (which compiles),
+      or None if there were fewer than two.
 
     Raises:
-      FloatingPointError: at a loss or a gradient that is not finite; nothing after the last good
-        checkpoint is saved.
+      FloatingPointError: at a loss or a gradient that is not finite, more often than
+        `max_skipped_steps`; nothing after the last good checkpoint is saved.
+      SystemExit: after SIGTERM (143) or SIGINT (130), when the state has been saved.
     """
     config, state = run.config, run.restore(state)
     start = int(state.step)
-    batches = data.batches(len(x1), config.batch_size, seed=config.seed, start_step=start)
-    progress = tqdm.tqdm(
-        total=config.num_steps,
-        initial=start,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file wants few lines
-    )
-    began = last = compiled = time.perf_counter()
-    pending, logged, seconds_before = None, start, run.seconds
-
-    def fetch(step: int, metrics: training.Metrics) -> None:
-        nonlocal last, logged
-        metrics = jax.device_get(metrics)
-        # The gradient as well: it made the state that would be saved next.
-        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm)):
-            raise FloatingPointError(
-                f"The loss of step {step} is {metrics.loss}, its gradient's norm "
-                f"{metrics.gradient_norm}. The run stops; the checkpoints in {run.folder} are from "
-                "before. A lower --learning-rate is the usual mend."
-            )
-        if step % config.log_every == 0 or step == config.num_steps:
-            now = time.perf_counter()
-            run.seconds = seconds_before + now - began
-            rate = (step - logged) * config.batch_size / (now - last)
-            last, logged = now, step
-            run.log(step, metrics, rate)
-            progress.set_postfix_str(
-                f"loss {metrics.loss:.4f}, {rate:.0f} examples/s", refresh=False
-            )
-
-    with progress:
-        for step in range(start + 1, config.num_steps + 1):
-            state, metrics = step_fn(state, key, x1[next(batches)])
-            if pending is not None:  # the step before, while this one is running
-                fetch(*pending)
-            pending = (step, metrics)
-            if step == start + 1:
+    watch = Watch(run, NotFinite(run, state), start)
+    pending, first_end = None, start
+    with watch.progress, cluster.Preemption().watch() as preemption:
+        for count, dispatch in enumerate(dispatches(config, len(x1), start)):
+            batches = x1[dispatch.rows]
+            state, metrics = steps(state, key, batches)
+            if pending is not None:  # the one before, while this one is running
+                watch.look(*pending)
+            pending = (dispatch, metrics, batches)
+            if count == 0:
                 jax.block_until_ready(metrics)
-                compiled = time.perf_counter()
-            if step % config.checkpoint_every == 0 or step == config.num_steps:
-                fetch(*pending)
+                watch.compiled, first_end = time.perf_counter(), dispatch.last
+            stop = preemption.reached(count)
+            done = dispatch.last == config.num_steps
+            if dispatch.last % config.checkpoint_every == 0 or done or stop:
+                watch.look(*pending)
                 pending = None
-                run.save(state, wait=step == config.num_steps)
-            progress.update()
-    steps = config.num_steps - start - 1
-    rate = steps * config.batch_size / (time.perf_counter() - compiled) if steps > 0 else None
-    return state, rate
+                run.save(state, wait=done or stop)
+            if stop:
+                raise preemption.exit(run.folder, dispatch.last)
+    return state, watch.rate(config.num_steps - first_end)
+
+
+class Watch:
+    """Looks at the metrics that came back: finite, logged, shown."""
+
+    def __init__(self, run: Run, not_finite: NotFinite, start: int):
+        self._run, self._not_finite = run, not_finite
+        self._seconds_before = run.seconds
+        self._logged = start
+        self._began = self._last = self.compiled = time.perf_counter()
+        self.progress = tqdm.tqdm(
+            total=run.config.num_steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file wants few lines
+            disable=not cluster.is_main(),
+        )
+
+    def look(self, dispatch: Dispatch, metrics: training.Metrics, x1: np.ndarray) -> None:
+        """Waits for a dispatch's metrics, `[num_steps]` each."""
+        config, metrics = self._run.config, jax.device_get(metrics)
+        for index, step in enumerate(range(dispatch.first, dispatch.last + 1)):
+            one = training.Metrics(*(values[index] for values in metrics))
+            # The gradient as well: it made the state that would be saved next.
+            if not (math.isfinite(one.loss) and math.isfinite(one.gradient_norm)):
+                self._not_finite.note(step, one, dispatch.rows[index], x1[index])
+            if step % config.log_every == 0 or step == config.num_steps:
+                self._log(step, one)
+        self.progress.update(len(dispatch.rows))
+
+    def _log(self, step: int, metrics: training.Metrics) -> None:
+        now = time.perf_counter()
+        self._run.seconds = self._seconds_before + now - self._began
+        rate = (step - self._logged) * self._run.config.batch_size / max(now - self._last, 1e-9)
+        self._last, self._logged = now, step
+        self._run.log(step, metrics, rate)
+        text = f"loss {metrics.loss:.4f}, {rate:.0f} examples/s"
+        self.progress.set_postfix_str(text, refresh=False)
+
+    def rate(self, num_steps: int) -> float | None:
+        """Examples per second of the `num_steps` since `compiled`, or None where there are none."""
+        seconds = time.perf_counter() - self.compiled
+        return num_steps * self._run.config.batch_size / seconds if num_steps > 0 else None

@@ -10,7 +10,8 @@ import numpy as np
 import tyro
 
 from experiments import judging, trained
-from experiments.run import environment, flags
+from experiments.config import flags
+from experiments.records import environment
 from fmjax import data, sharding
 
 NUM_POINTS = 2048  # held-out points of a 2-D run

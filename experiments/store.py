@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tqdm
 
-from experiments.run import environment, write_json
+from experiments.records import environment, write_json
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")

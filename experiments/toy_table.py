@@ -55,7 +55,7 @@ import numpy as np
 import tyro
 
 from experiments import toy_data, toy_flows, toy_report
-from experiments.run import write_json
+from experiments.records import write_json
 from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"

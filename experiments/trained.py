@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import cifar10, digits, images, loop, mnist, two_moons
-from experiments.run import RunConfig
+from experiments import cifar10, digits, images, mnist, step, two_moons
+from experiments.config import RunConfig
 from fmjax import checkpoints, models, training
 
 CONFIGS: dict[str, type[RunConfig]] = {
@@ -93,7 +93,7 @@ def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = 
     name, config = read_config(folder)
     model = _model(config)
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
-    tx = loop.make_optimizer(config)
+    tx = step.make_optimizer(config)
     example = jax.eval_shape(
         lambda key: training.init_train_state(init(key), tx), jax.random.key(0)
     )

@@ -18,9 +18,10 @@ import tyro
 from sklearn import datasets
 
 import fmjax as fm
-from experiments import loop, plots
-from experiments.run import Run, RunConfig, check, draw_path_sample
-from fmjax import models
+from experiments import cluster, loop, plots, step
+from experiments.config import RunConfig, begin, mesh
+from experiments.run import Run
+from fmjax import models, sharding, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,14 @@ def moons(num: int, noise: float, seed: int) -> np.ndarray:
 
 
 def main(config: Config) -> dict[str, Any]:
-    check(config)
+    begin(config)
     # Held-out points have a seed of their own.
     x1, held_out = (
         moons(num, config.noise, 2 * config.seed + k)
         for k, num in enumerate((50_000, config.eval_examples))
     )
     model = models.MLP(**dataclasses.asdict(config.model))
-    tx = loop.make_optimizer(config)
+    tx = step.make_optimizer(config)
     key_params, key_train, key_x0 = jax.random.split(jax.random.key(config.seed), 3)
 
     def loss_fn(params: Any, key: jax.Array, path_sample: fm.PathSample) -> jax.Array:
@@ -74,47 +75,66 @@ def main(config: Config) -> dict[str, Any]:
 
     with Run("two_moons", config) as run:
         init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, 2)))
-        state = loop.init_state(init, key_params, tx)
-        step_fn = loop.make_step(config, functools.partial(draw_path_sample, config), loss_fn, tx)
-        state, rate = loop.train(run, state, step_fn, key_train, x1)
-        plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
-        velocity = functools.partial(model.apply, jax.device_get(state.ema_params))
-
-        ts = jnp.linspace(0.0, 1.0, 51)
-        x0 = jax.random.normal(key_x0, (config.num_samples, 2))
-        trajectory = jax.jit(lambda x0: fm.integrate(velocity, x0, ts=ts))(x0)
-        log_prob = jax.jit(lambda x: fm.log_prob(velocity, x))
-        extent, side = 3.0, 120
-        axis = jnp.linspace(-extent, extent, side)
-        grid = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-        picture = run.folder / "samples" / f"step_{int(state.step):08d}.png"
-        plots.save_plane(
-            picture,
-            data=x1[:4000],
-            trajectories=np.asarray(trajectory.x),
-            density=np.exp(np.asarray(log_prob(grid))).reshape(side, side),
-            extent=extent,
-        )
-        log_p = np.asarray(log_prob(jnp.asarray(held_out)))
+        state = step.init_state(config, init, key_params, tx)
+        draw = functools.partial(step.draw_path_sample, config)
+        steps = step.make_steps(config, draw, loss_fn, tx, state)
+        state, rate = loop.train(run, state, steps, key_train, x1)
         summary = {
             "experiment": "two_moons",
             "step": int(state.step),
-            "loss": run.metrics()[-1]["loss"],
             "num_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-            "log_likelihood": float(log_p.mean()),
-            "log_likelihood_standard_error": float(log_p.std(ddof=1) / np.sqrt(len(log_p))),
-            "log_likelihood_method": (
-                f"nats per point, {len(log_p)} held-out points; exact divergence, Tsit5, tolerance "
-                "1e-5; EMA parameters"
-            ),
-            "num_evaluations": int(trajectory.num_evaluations),
-            "sampler": "Tsit5, tolerance 1e-5, EMA parameters",
+            **evaluate(run, model, config, state, key_x0, x1, held_out),
             "images_per_second": rate,
             "wall_seconds": round(run.seconds, 1),
-            "samples": str(picture.relative_to(run.folder)),
         }
         run.finish(summary)
     return summary
+
+
+def evaluate(
+    run: Run,
+    model: models.MLP,
+    config: Config,
+    state: training.TrainState,
+    key: jax.Array,
+    x1: np.ndarray,
+    held_out: np.ndarray,
+) -> dict[str, Any]:
+    """Trajectories, the density on a grid and that of held-out points, over all devices."""
+    velocity = functools.partial(model.apply, state.ema_params)
+    ts = jnp.linspace(0.0, 1.0, 51)
+    flow = jax.jit(lambda x0: fm.integrate(velocity, x0, ts=ts))
+    log_prob = jax.jit(lambda x: fm.log_prob(velocity, x))
+
+    def spread(f: Any, x: Any) -> Any:
+        return sharding.whole(f(sharding.spread(np.asarray(x), mesh(config))))
+
+    trajectory = spread(flow, jax.random.normal(key, (config.num_samples, 2)))
+    extent, side = 3.0, 120
+    axis = np.linspace(-extent, extent, side, dtype=np.float32)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    density, log_p = np.exp(spread(log_prob, grid)), spread(log_prob, held_out)
+    picture = run.folder / "samples" / f"step_{int(state.step):08d}.png"
+    if cluster.is_main():
+        plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
+        plots.save_plane(
+            picture,
+            data=x1[:4000],
+            trajectories=trajectory.x,
+            density=density.reshape(side, side),
+            extent=extent,
+        )
+    return {
+        "log_likelihood": float(log_p.mean()),
+        "log_likelihood_standard_error": float(log_p.std(ddof=1) / np.sqrt(len(log_p))),
+        "log_likelihood_method": (
+            f"nats per point, {len(log_p)} held-out points; exact divergence, Tsit5, tolerance "
+            "1e-5; EMA parameters"
+        ),
+        "num_evaluations": int(trajectory.num_evaluations),
+        "sampler": "Tsit5, tolerance 1e-5, EMA parameters",
+        "samples": str(picture.relative_to(run.folder)),
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
-"""Data parallelism: one mesh axis, "data". The state is replicated, the batch is split.
+"""Placements of one training step: over devices, over hosts, the state whole or split.
+
+The D devices of a mesh stand in D / F rows (the axis "data") of F (the axis "fsdp"), and the batch
+is split over all of them. The state is split over "fsdp" and repeated over "data":
+
+- F = 1, data parallel: every device holds the whole state, and the mesh is the one axis "data".
+- F = D, fully sharded: every device holds 1 / D of parameters, average and optimiser state; XLA
+  gathers a layer's parameters where it needs them, and sums gradients where they are kept.
 
 With B examples on D devices, the loss (1 / B) sum_i l_i equals (1 / D) sum_d (1 / (B / D))
 sum_{i on d} l_i, and so does its gradient. Two roads lead there:
 
 - `jit_train_step`, the main road: one program over the global batch. `loss_fn` sees all B examples
   and XLA inserts the sums over devices. Whatever `loss_fn` draws from its key is what one device
-  would have drawn: N devices = 1 device, up to the order of the sums.
+  would have drawn: N devices = 1 device, up to the order of the sums, whatever F.
 - `pmap_train_step`, the thin second road: D replicas of the step, each on its B / D examples, with
   an explicit mean. It takes the same arrays and the same state, and gives the same numbers where
   `loss_fn` draws nothing itself (noise, times and pairing are made on the global batch before the
@@ -13,49 +20,97 @@ sum_{i on d} l_i, and so does its gradient. Two roads lead there:
   draws, and a pairing made inside `loss_fn`, depend on the device count.
 
 A pod runs one process per host: call `jax.distributed.initialize()` before anything else, create
-the state under `jax.jit(..., out_shardings=replicated(mesh))`, take the jit road, and give
-`shard_batch` the part of the batch that this process has read.
+the state under `jax.jit(..., out_shardings=state_sharding(...))`, take the jit road, read the rows
+that `local_rows` names and give them to `shard_batch`.
+
+Source: Rajbhandari et al. 2019, arXiv 1910.02054 (stage 3).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fmjax.training import Metrics, TrainState, TrainStep
 
 DATA_AXIS = "data"
+FSDP_AXIS = "fsdp"
 Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 
+# Below this many numbers an array is kept whole: to gather it costs more than to hold it.
+_SMALLEST_SPLIT = 1024
 
-def make_mesh(devices: Devices | None = None) -> Mesh:
-    """A mesh of the one axis "data" over the devices of all processes, or over those given.
+
+def make_mesh(devices: Devices | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh over the devices of all processes, or those given.
 
     Args:
       devices: the devices, in order; None for `jax.devices()`.
+      fsdp: over how many devices one copy of the state is split; 1 keeps it whole on each.
 
     Returns:
-      A `Mesh` whose axis is Auto: XLA chooses the layouts in between, as attention's reshapes and
-      Diffrax's adaptive solves need.
+      A `Mesh` of the axis "data", or with `fsdp` above 1 of "data" and "fsdp". Its axes are Auto:
+      XLA chooses the layouts in between, as attention and adaptive solves need.
+
+    Raises:
+      ValueError: if `fsdp` does not divide the number of devices.
 
     Example:
       >>> make_mesh(jax.devices()[:1]).shape["data"]
       1
     """
     devices = jax.devices() if devices is None else devices
-    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(
+            f"fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices. "
+            "1 keeps the state whole, the number of devices splits it over all."
+        )
+    axes = (DATA_AXIS,) if fsdp == 1 else (DATA_AXIS, FSDP_AXIS)
+    grid = np.array(devices).reshape(-1) if fsdp == 1 else np.array(devices).reshape(-1, fsdp)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of state and keys: a whole copy on every device."""
+    """The sharding of keys, and of a state that is not split: a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch `[batch, ...]`: its first axis split over "data"."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """The sharding of a batch: its axis `axis` is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """Where every array of a state lies: split over "fsdp" by a rule on shapes.
+
+    An array is split along its longest axis that F divides, the last of them where several are
+    equally long. One that has no such axis, or fewer than 1,024 numbers, stays whole. Parameters,
+    their average and Adam's moments have equal shapes, hence equal places.
+
+    Args:
+      state: a `TrainState` or any pytree of arrays, or its `jax.eval_shape`.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The same pytree of `NamedSharding`s; with F = 1 each is `replicated(mesh)`.
+
+    Example:
+      >>> state_sharding(np.zeros((64, 64)), make_mesh(jax.devices()[:1])).spec
+      PartitionSpec()
+    """
+    shards = mesh.shape.get(FSDP_AXIS, 1)
+
+    def place(x: Any) -> NamedSharding:
+        lengths = [(n, axis) for axis, n in enumerate(x.shape) if n % shards == 0 and n >= shards]
+        if shards == 1 or not lengths or np.prod(x.shape) < _SMALLEST_SPLIT:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * max(lengths)[1], FSDP_AXIS))
+
+    return jax.tree.map(place, state)
 
 
 def check_batch_size(batch_size: int, num_devices: int) -> None:
@@ -82,13 +137,32 @@ def check_batch_size(batch_size: int, num_devices: int) -> None:
     )
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a batch on the mesh, its first axis split over the devices.
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this process has to read: those of its own devices.
 
     Args:
-      batch: pytree of host arrays `[local_batch, ...]`: the examples that this process has read.
-        With P processes the global batch is P times as large, in the order of the processes.
+      batch_size: examples in the global batch, a multiple of the number of devices.
       mesh: from `make_mesh`.
+
+    Returns:
+      Indices in ascending order; with one process `np.arange(batch_size)`.
+
+    Example:
+      >>> local_rows(4, make_mesh(jax.devices()[:1]))
+      array([0, 1, 2, 3])
+    """
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
+    """Puts a batch on the mesh, one axis split over the devices.
+
+    Args:
+      batch: pytree of host arrays `[local_batch, ...]`: the examples that this process has read,
+        rows `local_rows(...)` of the global batch, in that order.
+      mesh: from `make_mesh`.
+      axis: the batch's axis: 1 for several batches `[num_steps, local_batch, ...]` at once.
 
     Returns:
       The same pytree of global arrays `[batch, ...]`.
@@ -100,26 +174,58 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
       >>> shard_batch({"x1": np.zeros((8, 2))}, make_mesh(jax.devices()[:1]))["x1"].shape
       (8, 2)
     """
-    sharding, num_devices = batch_sharding(mesh), len(mesh.local_devices)
+    place, num_devices = batch_sharding(mesh, axis=axis), len(mesh.local_devices)
 
     def put(local: Any) -> jax.Array:
-        check_batch_size(len(local), num_devices)
-        return jax.make_array_from_process_local_data(sharding, local)
+        check_batch_size(local.shape[axis], num_devices)
+        return jax.make_array_from_process_local_data(place, local)
 
     return jax.tree.map(put, batch)
 
 
-def jit_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
-    """Compiles a training step for a mesh: the main road, on one device, many, or a pod.
+def spread(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Puts a whole host array on the mesh, its first axis split where the devices can share it.
+
+    For sampling and evaluation, where the number of examples is what it is: one that is no multiple
+    of the number of devices is split over fewer of them, or lies whole on each.
 
     Args:
-      train_step: from `training.make_train_step`, without an axis name.
+      x: `[batch, ...]`, the same in every process.
       mesh: from `make_mesh`.
 
     Returns:
-      The compiled step. The state is replicated and donated (the one passed in can't be used
-      again), the key is replicated, the batch comes from `shard_batch`, the metrics are those of
-      the global batch.
+      The same array, global.
+
+    Example:
+      >>> spread(np.zeros((5, 2)), make_mesh(jax.devices()[:1])).shape
+      (5, 2)
+    """
+    axes = mesh.axis_names
+    while axes and len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    place = NamedSharding(mesh, PartitionSpec(axes or None))
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def whole(batch: Any) -> Any:
+    """A sharded pytree as NumPy arrays, gathered from all devices of all processes."""
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
+
+
+def jit_train_step(
+    train_step: TrainStep, mesh: Mesh, *, state: Any = None, batch_axis: int = 0
+) -> TrainStep:
+    """Compiles a training step for a mesh: the main road, on one device, many, or a pod.
+
+    Args:
+      train_step: from `training.make_train_step`, without an axis name, or `training.many_steps`.
+      mesh: from `make_mesh`.
+      state: its places, from `state_sharding`; None for a whole copy on every device.
+      batch_axis: the batch's axis: 1 for `training.many_steps`.
+
+    Returns:
+      The compiled step. The state is donated (the one passed in can't be used again), the key is
+      replicated, the batch comes from `shard_batch`, the metrics are those of the global batch.
 
     Example:
       >>> from fmjax import training
@@ -130,11 +236,12 @@ def jit_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
       >>> state = jax.jit(init, out_shardings=replicated(mesh))()
       >>> state, _ = step(state, jax.random.key(0), shard_batch(np.ones(8, np.float32), mesh))
     """
-    whole = replicated(mesh)
+    everywhere = replicated(mesh)
+    state = everywhere if state is None else state
     return jax.jit(
         train_step,
-        in_shardings=(whole, whole, batch_sharding(mesh)),
-        out_shardings=(whole, whole),
+        in_shardings=(state, everywhere, batch_sharding(mesh, axis=batch_axis)),
+        out_shardings=(state, everywhere),
         donate_argnums=0,
     )
 

@@ -27,9 +27,9 @@ from experiments import (
     drawing,
     evaluate,
     judging,
-    loop,
     quality,
     report,
+    step,
     store,
     trained,
     two_moons,
@@ -62,7 +62,7 @@ def untrained(config, event_shape, name):
     """A run folder with a checkpoint of a network that has learnt nothing; its average differs."""
     model = trained._model(config)
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
-    state = loop.init_state(init, jax.random.key(0), loop.make_optimizer(config))
+    state = step.init_state(config, init, jax.random.key(0), step.make_optimizer(config))
     key = jax.random.key(1)  # the last layer of a U-Net begins at zero
     moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), state.params)
     with Run(name, config) as run:

@@ -13,7 +13,8 @@ import scipy.optimize
 import fmjax as fm
 from experiments import digits, two_moons
 from experiments.images import ImageConfig, load, make_draw, measure_bits_per_dim
-from experiments.run import PATHS, Run
+from experiments.run import Run
+from experiments.step import PATHS
 from fmjax import checkpoints, data, models, pixels, training
 
 KEY = jax.random.key(7)

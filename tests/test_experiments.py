@@ -16,9 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import cifar10, digits, loop, mnist, two_moons
+from experiments import cifar10, digits, loop, mnist, step, two_moons
+from experiments.config import flags
 from experiments.images import UNetConfig, load
-from experiments.run import Run, flags
+from experiments.run import Run
 from fmjax import checkpoints, models, training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -175,10 +176,10 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken):
         return jax.lax.cond(n < -2.5e-3, broken, lambda n: n, n) + 0 * x.sum()
 
     with Run("nan", config) as run:
-        state = loop.init_state(lambda key: {"n": jnp.zeros(())}, jax.random.key(0), tx)
-        step_fn = loop.make_step(config, lambda key, x: x, loss_fn, tx)
+        state = step.init_state(config, lambda key: {"n": jnp.zeros(())}, jax.random.key(0), tx)
+        steps = step.make_steps(config, lambda key, x: x, loss_fn, tx, state)
         with pytest.raises(FloatingPointError, match="step 4 "):
-            loop.train(run, state, step_fn, jax.random.key(0), np.ones((64, 2), np.float32))
+            loop.train(run, state, steps, jax.random.key(0), np.ones((64, 2), np.float32))
     assert final_state(tmp_path)[0] == 2  # the good one; the fourth step's was not saved
 
 

@@ -28,7 +28,7 @@ import tyro
 
 import fmjax as fm
 from experiments import images, trained
-from experiments.run import environment, write_json
+from experiments.records import environment, write_json
 from fmjax import pixels
 
 

@@ -1,0 +1,141 @@
+"""The processes of a pod: who joins, who speaks, and when all of them have to stop.
+
+One process runs per host (or per GPU under Slurm); together they see all devices. Everything that
+JAX computes is done by all; printing, drawing and the files beside the checkpoints are process 0's.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """The processes of a pod."""
+
+    join: Literal["auto", "yes", "no"] = "auto"
+    """Whether to call jax.distributed.initialize: where Slurm, Open MPI or several TPU workers are
+    detected, always, or never."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where JAX can't detect it; with the two below."""
+    num_processes: int | None = None
+    """Processes in all."""
+    process_id: int | None = None
+    """Number of this process."""
+
+
+def detected(environ: Mapping[str, str]) -> bool:
+    """Whether the environment is that of one process of several."""
+    slurm = "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ  # started by srun
+    sizes = {"OMPI_COMM_WORLD_SIZE"} | ({"SLURM_STEP_NUM_TASKS"} if slurm else set())
+    several = any(int(environ.get(name) or 1) > 1 for name in sizes)
+    return several or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def join(config: ClusterConfig) -> None:
+    """Joins the pod, before anything asks for a device; a second call does nothing.
+
+    Raises:
+      ValueError: if only some of coordinator, num_processes and process_id are given.
+    """
+    given = (config.coordinator, config.num_processes, config.process_id)
+    named = sum(value is not None for value in given)
+    if named not in (0, 3):
+        raise ValueError(
+            "--cluster.coordinator, --cluster.num-processes and --cluster.process-id go together; "
+            f"got {given}. Give all three, or none where Slurm, Open MPI or a TPU pod tells them."
+        )
+    wanted = named == 3 or config.join == "yes" or (config.join == "auto" and detected(os.environ))
+    if config.join == "no" or not wanted or jax.distributed.is_initialized():
+        return
+    jax.distributed.initialize(*given)
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints, draws and writes the small files."""
+    return jax.process_index() == 0
+
+
+def main_first(act: Callable[[], T]) -> T | None:
+    """Process 0 acts, the others wait; what it raises stops all of them.
+
+    Returns:
+      What `act` returned in process 0, None in the others.
+
+    Raises:
+      Exception: in process 0 what `act` raised.
+      RuntimeError: in the others, if it raised there.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = act()
+        except Exception as caught:
+            error = caught
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
+        if failed and error is None:
+            raise RuntimeError("Process 0 can't go on; its message says why.")
+    if error is not None:
+        raise error
+    return result
+
+
+class Preemption:
+    """Notices SIGTERM and SIGINT: the step in flight shall end and its state be kept.
+
+    Attributes:
+      signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator["Preemption"]:
+        """Takes the two signals for as long as the context lasts. A second SIGINT stops at once."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+        def notice(number: int, frame: object) -> None:
+            self.signal = signal.Signals(number)
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            if jax.process_count() > 1 and number == signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX's own notice, which tells the others
+
+        # In a pod JAX has a handler of SIGTERM.
+        own = _SIGNALS if jax.process_count() == 1 else _SIGNALS[:1]
+        for number in own:
+            signal.signal(number, notice)
+        try:
+            yield self
+        finally:
+            for number in own:
+                signal.signal(number, before[number])
+
+    def reached(self, dispatch: int) -> bool:
+        """Whether to stop now: in a pod after the same dispatch in every process."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(dispatch):
+            self.signal = self.signal or signal.SIGTERM
+            return True
+        return jax.process_count() == 1 and self.signal is not None
+
+    def exit(self, folder: pathlib.Path, step: int) -> SystemExit:
+        """Says what happened; the exit code is 128 and the signal's number, as a shell's."""
+        assert self.signal is not None, "nothing has been reached"
+        if is_main():
+            print(f"\n{self.signal.name} came: {folder} is saved at step {step}. Start it again "
+                  "with the same flags, and it goes on from there.", flush=True)  # fmt: skip
+        return SystemExit(128 + self.signal)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,142 @@
+"""The training step that the experiments share, as the flags say; nothing about any data set.
+
+What is random in a step, the noise, the pairing and the times, is drawn for the whole global batch
+by `draw`, before the step is spread over the devices; `loss_fn` sees only its result. So the jit
+and the pmap road train on the same numbers, whatever the number of devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fmjax as fm
+from experiments.config import RunConfig, mesh
+from fmjax import sharding, training
+
+PATHS = {"cond_ot": fm.cond_ot(), "cosine": fm.cosine(), "linear_vp": fm.linear_vp(), "vp": fm.vp()}
+COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
+TIMES = {"uniform": fm.uniform, "logit_normal": fm.logit_normal(), "edm_skewed": fm.edm_skewed()}
+# The velocity's square has no mean over times up to 1 where the slope of sigma is infinite.
+T_MAX = {"linear_vp": 0.999, "vp": 0.999}
+
+Draw = Callable[[jax.Array, jax.Array], Any]
+Steps = Callable[
+    [training.TrainState, jax.Array, np.ndarray], tuple[training.TrainState, training.Metrics]
+]
+
+
+def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.PathSample:
+    """Noise, its pairing with the data, times and the point on the path, as the flags say.
+
+    Args:
+      config: the run's flags.
+      key: random key.
+      x1: data, `[batch, *event]`.
+    """
+    key_x0, key_pair, key_t = jax.random.split(key, 3)
+    x0 = jax.random.normal(key_x0, x1.shape)
+    if config.coupling != "independent":
+        # Whole on every device: the assignment is a loop, which would talk between them every turn.
+        x0, x1 = jax.lax.with_sharding_constraint((x0, x1), sharding.replicated(mesh(config)))
+    x0 = COUPLINGS[config.coupling](key_pair, x0, x1)
+    t = T_MAX.get(config.path, 1.0) * TIMES[config.times](key_t, x1.shape[:1])
+    return fm.sample_path(PATHS[config.path], x0, x1, t)
+
+
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Adam as the flags say; with `max_skipped_steps` one that leaves bad steps out."""
+    tx = training.adam(
+        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+    )
+    if not config.max_skipped_steps:
+        return tx
+    return optax.chain(_spoil(), optax.apply_if_finite(tx, config.max_skipped_steps))
+
+
+def init_state(
+    config: RunConfig,
+    init_params: Callable[[jax.Array], Any],
+    key: jax.Array,
+    tx: optax.GradientTransformation,
+) -> training.TrainState:
+    """The first state, made in place on every device: whole, or split over `fsdp` of them."""
+
+    def init(key: jax.Array) -> training.TrainState:
+        return training.init_train_state(init_params(key), tx)
+
+    places = sharding.state_sharding(jax.eval_shape(init, key), mesh(config))
+    return jax.jit(init, out_shardings=places)(key)
+
+
+def make_steps(
+    config: RunConfig,
+    draw: Draw,
+    loss_fn: training.LossFn,
+    tx: optax.GradientTransformation,
+    state: training.TrainState,
+) -> Steps:
+    """The compiled steps `(state, key, x1) -> (state, metrics)` on all devices.
+
+    Args:
+      config: the run's flags; `parallel` chooses the road.
+      draw: `(key, x1) -> drawn`, all that is random, `[batch, ...]`.
+      loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
+      tx: an Optax transformation.
+      state: from `init_state`; only its places are read.
+
+    Returns:
+      Steps that take `x1` of this process, `[num_steps, local_batch, *event]`, NumPy; each of the
+      metrics is `[num_steps]`.
+    """
+    if config.parallel == "pmap":
+        return _pmap_steps(config, draw, loss_fn, tx)
+    step = training.make_train_step(loss_fn, tx, ema_decay=config.ema_decay)
+
+    def whole_step(state, key, x1):
+        key_draw, key_loss = jax.random.split(key)
+        return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), x1))
+
+    devices, places = mesh(config), jax.tree.map(lambda x: x.sharding, state)
+    jitted = sharding.jit_train_step(
+        training.many_steps(whole_step), devices, state=places, batch_axis=1
+    )
+    return lambda state, key, x1: jitted(state, key, sharding.shard_batch(x1, devices, axis=1))
+
+
+def _pmap_steps(
+    config: RunConfig, draw: Draw, loss_fn: training.LossFn, tx: optax.GradientTransformation
+) -> Steps:
+    devices = mesh(config)
+    mapped = sharding.pmap_train_step(
+        training.make_train_step(
+            loss_fn, tx, ema_decay=config.ema_decay, axis_name=sharding.DATA_AXIS
+        ),
+        list(devices.devices.flat),
+    )
+    draw_batch = jax.jit(draw, out_shardings=sharding.batch_sharding(devices))
+
+    def steps(state, key, x1):
+        key_draw, key_loss = jax.random.split(key)
+        metrics = []
+        for batch in x1:
+            drawn = draw_batch(jax.random.fold_in(key_draw, state.step), batch)
+            state, one = mapped(state, key_loss, drawn)
+            metrics.append(one)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+
+    return steps
+
+
+def _spoil() -> optax.GradientTransformationExtraArgs:
+    """NaN for the whole gradient where the loss is not finite: such a step is left out as well."""
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        factor = jnp.where(jnp.isfinite(extra_args["value"]), 1.0, jnp.nan)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
