@@ -6,12 +6,16 @@ that a run killed in the middle of a save leaves a folder that nobody takes for 
 Restoring is exact: N steps, save, restore, N steps are 2 N steps, bit for bit. Keys need no place
 in it, since step n draws from fold_in(key, n) (see `fmjax.training`).
 
+Beside the state stand digests of its arrays, taken on the devices when it was saved, and a hash of
+the config. What is restored is held against them: a checkpoint that the disk has damaged is named,
+never used. No pickle is read, only Orbax's arrays and JSON.
+
 A training loop reads
 
     with open_manager(folder) as manager:            # leaving it waits for the last save
         check_config(manager, config)
         if latest_step(manager) is not None:
-            state = restore(manager, state)
+            state, damaged = restore_latest_good(manager, state)
         for step in range(int(state.step), num_steps):
             state, metrics = train_step(state, key, next(batches))
             if (step + 1) % save_every == 0:
@@ -24,13 +28,27 @@ On a pod every process calls every function, with the same folder.
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
 
+from fmjax import _manager, _stored, digests
+from fmjax._manager import CheckpointSaveError as CheckpointSaveError
+from fmjax._manager import Damaged as Damaged
+from fmjax._manager import DamagedCheckpointError as DamagedCheckpointError
 from fmjax.training import TrainState
+
+
+class Restored(NamedTuple):
+    """A state, and what had to be passed over on the way to it.
+
+    Attributes:
+      state: of the latest checkpoint that is what was saved.
+      damaged: the later ones, latest first, each a `Damaged(step, reason)`.
+    """
+
+    state: TrainState
+    damaged: tuple[Damaged, ...]
 
 
 def open_manager(
@@ -44,7 +62,8 @@ def open_manager(
 
     Returns:
       Orbax's manager, for this module's functions. Use it as a context manager, or call its
-      `close()`: either waits for the save in progress.
+      `close()`: either waits for the save in progress, and raises `CheckpointSaveError` if that
+      could not be written.
 
     Example:
       >>> with open_manager("runs/moons") as manager:
@@ -56,10 +75,10 @@ def open_manager(
     path = path if "://" in path else os.path.abspath(path)
     # Leftovers of killed saves stay: they may be another process's save in progress.
     policy = ocp.checkpoint_managers.LatestN(max_to_keep)
-    return ocp.CheckpointManager(
+    return _manager.Manager(
         path,
         options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-        item_names=("state", "config"),
+        item_names=("state", "config", "digest"),
     )
 
 
@@ -77,8 +96,9 @@ def save(
 ) -> None:
     """Saves a state and its config under the state's step.
 
-    The call copies the state from the device and writes it in the background, so the state may be
-    donated to the next step at once. A step that is saved already is not saved again.
+    The call takes the digests, copies the state from the device and writes it in the background,
+    so the state may be donated to the next step at once. A step that is saved already is not saved
+    again.
 
     Args:
       manager: from `open_manager`.
@@ -90,6 +110,8 @@ def save(
     Raises:
       ValueError: if the folder holds a later step: this state was not restored from it.
       TypeError: if JSON can't hold `config`.
+      CheckpointSaveError: if this checkpoint, or the one before in the background, could not be
+        written, on a full disk say. Those before are as they were; a half-written one is none.
 
     Example:
       >>> save(manager, state, {"learning_rate": 2e-4}, wait=True)
@@ -102,61 +124,114 @@ def save(
         )
     plain = json.loads(json.dumps(config))  # what JSON can't hold is refused here
     if step != latest:
+        record = digests.make_record(state, _stored.digests_of(state), plain)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             config=ocp.args.JsonSave(plain),
+            digest=ocp.args.JsonSave(record),
         )
-        manager.save(step, args=items)
+        try:
+            manager.save(step, args=items)
+        except CheckpointSaveError:  # of the save before
+            raise
+        except OSError as error:
+            raise _manager.save_error(manager, step, error) from error
     if wait:
         manager.wait_until_finished()
 
 
 def restore(
-    manager: ocp.CheckpointManager, example: TrainState, sharding: Sharding | None = None
+    manager: ocp.CheckpointManager, example: TrainState, sharding: Any = None
 ) -> TrainState:
-    """Restores the latest state.
+    """Restores the latest state, if it is what was saved.
 
     Args:
       manager: from `open_manager`.
       example: a state of the same structure, shapes and dtypes: the fresh state of
         `init_train_state`, or its `jax.eval_shape`. Its values are not read.
-      sharding: where to put every array, `sharding.replicated(mesh)` for instance; None for where
-        the example's are (the first local device for the arrays of `jax.eval_shape`). It need not
-        be the one that the state was saved under.
+      sharding: where to put the arrays: one sharding for all, `sharding.replicated(mesh)` for
+        instance, or a tree of them as `jax.jit` takes it; None for where the example's are (the
+        first local device for the arrays of `jax.eval_shape`). It need not be the one that the
+        state was saved under, nor the mesh.
 
     Returns:
-      A `TrainState` of new arrays.
+      A `TrainState` of new arrays. One that was saved before there were digests is not verified;
+      a warning says so.
 
     Raises:
-      ValueError: if there is no checkpoint, or if one does not fit the example.
+      ValueError: if there is no checkpoint, or if one is whole but does not fit the example.
+      DamagedCheckpointError: if the latest is damaged: a file is cut short, missing or changed.
+        `restore_latest_good` goes back to the one before.
 
     Example:
       >>> state = restore(manager, init_train_state(params, tx))
     """
-    step = latest_step(manager)
-    if step is None:
-        raise ValueError(
-            f"To restore, a folder must hold a checkpoint; got none in {manager.directory}. Check "
-            "the folder's name, or start with init_train_state."
-        )
+    return _stored.read_state(
+        manager, _stored.steps_of(manager)[0], _stored.target_of(example, sharding)
+    )
 
-    def abstract(x: Any) -> jax.ShapeDtypeStruct:
-        place = sharding or getattr(x, "sharding", None)
-        if place is None:
-            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    target = ocp.args.StandardRestore(jax.tree.map(abstract, example))
-    return manager.restore(step, args=ocp.args.Composite(state=target))["state"]
+def restore_latest_good(
+    manager: ocp.CheckpointManager, example: TrainState, sharding: Any = None
+) -> Restored:
+    """Restores the latest state that is what was saved, and puts the damaged ones after it aside.
+
+    Their folders are renamed to `<step>.damaged`, within the same folder and only once a whole
+    checkpoint is found: the run can then save these steps again. Nothing is deleted.
+
+    Args:
+      manager: from `open_manager`.
+      example: as for `restore`.
+      sharding: as for `restore`.
+
+    Returns:
+      `Restored(state, damaged)`; tell the user what is in `damaged`.
+
+    Raises:
+      ValueError: as `restore` does. A checkpoint that does not fit the example is not damaged.
+      DamagedCheckpointError: if none is whole; then nothing is changed.
+
+    Example:
+      >>> state, damaged = restore_latest_good(manager, init_train_state(params, tx))
+    """
+    target, damaged = _stored.target_of(example, sharding), []
+    for step in _stored.steps_of(manager):
+        try:
+            state = _stored.read_state(manager, step, target)
+        except DamagedCheckpointError as error:
+            damaged += error.damaged
+            continue
+        if damaged:
+            _stored.put_aside(manager, damaged)
+        return Restored(state, tuple(damaged))
+    raise _none_left(manager, damaged)
+
+
+def _none_left(manager: ocp.CheckpointManager, damaged: list[Damaged]) -> DamagedCheckpointError:
+    mend = (
+        "No whole one is left, and nothing was changed: bring back a copy, or take another folder."
+    )
+    return DamagedCheckpointError(manager.directory, damaged, mend)
 
 
 def restore_config(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
-    """The config of the latest checkpoint (tuples come back as lists), or None without one."""
-    step = latest_step(manager)
-    if step is None:
+    """The config of the latest checkpoint whose config is what was saved, or None without one.
+
+    Tuples come back as lists. A later checkpoint with a damaged config is passed over here;
+    `restore` and `restore_latest_good` name it.
+
+    Raises:
+      DamagedCheckpointError: if there are checkpoints, all with damaged configs.
+    """
+    if latest_step(manager) is None:
         return None
-    args = ocp.args.Composite(config=ocp.args.JsonRestore())
-    return manager.restore(step, args=args)["config"]
+    damaged = []
+    for step in _stored.steps_of(manager):
+        try:
+            return _stored.read_config(manager, step)
+        except DamagedCheckpointError as error:
+            damaged += error.damaged
+    raise _none_left(manager, damaged)
 
 
 def check_config(
@@ -172,6 +247,7 @@ def check_config(
 
     Raises:
       ValueError: if another field differs; it lists each with both values.
+      DamagedCheckpointError: as `restore_config` does.
 
     Example:
       >>> check_config(manager, {"seed": 0, "num_steps": 200}, free={"num_steps"})
@@ -179,12 +255,9 @@ def check_config(
     stored = restore_config(manager)
     if stored is None:
         return
-    old, new = dict(_fields(stored)), dict(_fields(config))
-    differences = [
-        f"  {name}: folder has {old.get(name, 'nothing')}, got {new.get(name, 'nothing')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not _is_free(name, free)
-    ]
+    kept = ((n, v) for n, v in _fields(stored) if not _is_free(n, free))
+    given = ((n, v) for n, v in _fields(config) if not _is_free(n, free))
+    differences = digests.differences(dict(kept), dict(given))
     if differences:
         raise ValueError(
             f"A run must go on under its own config; {manager.directory} differs in\n"

@@ -11,6 +11,7 @@ from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from scipy.optimize import linear_sum_assignment
 
 import fmjax as fm
+from fmjax import sharding
 
 COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
 all_couplings = pytest.mark.parametrize("name", COUPLINGS)
@@ -114,3 +115,83 @@ def test_bfloat16_is_kept():
     assert paired.dtype == jnp.bfloat16
     cost = np.trace(squared_distances(paired, x1))
     np.testing.assert_allclose(cost, distances[linear_sum_assignment(distances)].sum(), rtol=1e-5)
+
+
+def optimum(x0, x1):
+    distances = squared_distances(x0, x1)
+    return distances[linear_sum_assignment(distances)].sum()
+
+
+def test_minibatch_ot_sorts_on_the_line():
+    """In one dimension the optimal pairing is the monotone one."""
+    x0, x1 = draw((65, 1))
+    paired = np.asarray(jit(fm.minibatch_ot)(KEY, x0, x1))
+    np.testing.assert_array_equal(paired[np.argsort(x1, axis=0)[:, 0]], np.sort(x0, axis=0))
+
+
+def test_minibatch_ot_undoes_a_shuffle():
+    """Points moved a little and shuffled find their own again, near or far."""
+    x1, noise = draw((50, 8))
+    order = np.random.default_rng(1).permutation(50)
+    for shift in (0.0, 100.0):
+        x0 = (x1 + 0.01 * noise + shift)[order]
+        paired = jit(fm.minibatch_ot)(KEY, x0, x1)
+        np.testing.assert_array_equal(paired, x0[np.argsort(order)])
+
+
+@pytest.mark.parametrize("x0_kind", ["same", "duplicated", "identical"])
+def test_minibatch_ot_of_degenerate_points(x0_kind):
+    x0, x1 = draw((24, 3))
+    x0 = {"same": x1[::-1], "duplicated": jnp.repeat(x0[:6], 4, axis=0), "identical": 0 * x0}
+    x0 = x0[x0_kind]
+    paired = jit(fm.minibatch_ot)(KEY, x0, x1)
+    cost = np.trace(squared_distances(paired, x1))
+    np.testing.assert_allclose(cost, optimum(x0, x1), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_dtypes_are_kept_and_optimal(dtype):
+    x0, x1 = (x.astype(dtype) for x in draw((33, 5)))
+    paired = jit(fm.minibatch_ot)(KEY, x0, x1)
+    assert paired.dtype == dtype
+    cost = np.trace(squared_distances(paired, x1))
+    np.testing.assert_allclose(cost, optimum(x0, x1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_not_finite_comes_out_as_nan(bad, which):
+    """So that a training loop that stops at NaN stops here too, on every platform."""
+    pair = list(draw((8, 2)))
+    pair[which] = pair[which].at[3, 1].set(bad)
+    assert np.isnan(jit(fm.minibatch_ot)(KEY, *pair)).all()
+
+
+def test_integers_are_refused():
+    x0, x1 = draw((8, 2))
+    with pytest.raises(ValueError, match="x1 must be floating"):
+        fm.minibatch_ot(KEY, x0, x1.astype(jnp.int32))
+
+
+def test_vmap_of_minibatch_ot_is_its_loop():
+    x0, x1 = draw((3, 12, 2))
+    want = np.stack([fm.minibatch_ot(KEY, *pair) for pair in zip(x0, x1, strict=True)])
+    got = jit(jax.vmap(fm.minibatch_ot, (None, 0, 0)))(KEY, x0, x1)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_minibatch_ot_on_a_mesh(constrained):
+    mesh = sharding.make_mesh()
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    @jax.jit
+    def pair(x0, x1):
+        if constrained:
+            x0, x1 = jax.lax.with_sharding_constraint((x0, x1), whole)
+        return fm.minibatch_ot(KEY, x0, x1)
+
+    for seed in range(5):
+        x0, x1 = draw((16, 3), seed)
+        got = pair(*jax.device_put((x0, x1), split))
+        np.testing.assert_array_equal(got, fm.minibatch_ot(KEY, x0, x1))
