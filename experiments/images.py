@@ -86,7 +86,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     dataset = load(config, config.train_split)
     held_out = load(config, config.eval_split)
     model = models.UNet(**dataclasses.asdict(config.model))
-    trained = model.clone(dtype=jnp.dtype(config.precision))
+    trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
     shape, levels = dataset.images.shape[1:], dataset.num_levels
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
     jax.eval_shape(init, jax.random.key(0))  # a size that can't work is refused here

@@ -15,6 +15,7 @@ share the folder; process 0 writes all but the checkpoints.
 """
 
 import json
+import sys
 from typing import Any
 
 import tensorboardX
@@ -45,10 +46,8 @@ class Run:
         except ValueError:
             self._close()
             raise
-        record = {"experiment": experiment, "config": self._flags} | environment()
-        record |= {"global_batch": config.batch_size}
-        if cluster.is_main():
-            write_json(self.folder / "config.json", record)
+        self._record = {"experiment": experiment, "config": self._flags} | environment()
+        self._record |= {"global_batch": config.batch_size}
         self.seconds = 0.0  # of training, earlier starts included
         self._writer = None
 
@@ -81,10 +80,18 @@ class Run:
 
     def restore(self, state: training.TrainState) -> training.TrainState:
         """The latest checkpoint, or `state` where there is none; metrics after it are dropped."""
+        damaged = ()
         if checkpoints.latest_step(self._manager) is not None:
-            state = checkpoints.restore(self._manager, state)
+            state, damaged = checkpoints.restore_latest_good(self._manager, state)
         step = int(state.step)
         if cluster.is_main():
+            for bad, reason in damaged:
+                print(
+                    f"The checkpoint of step {bad} in {self.folder} is damaged and was put aside: "
+                    f"{reason}. The run goes on from step {step}.",
+                    file=sys.stderr,
+                )
+            write_json(self.folder / "config.json", self._record)  # not before one was good
             kept = [row for row in self.metrics() if row["step"] <= step]
             self.seconds = kept[-1]["seconds"] if kept else 0.0
             lines = "".join(json.dumps(row) + "\n" for row in kept)

@@ -6,6 +6,11 @@ from .divergences import exact_divergence as exact_divergence
 from .divergences import hutchinson_divergence as hutchinson_divergence
 from .divergences import hutchinson_estimates as hutchinson_estimates
 from .guidance import classifier_free_guidance as classifier_free_guidance
+from .lanes import EachTrajectory as EachTrajectory
+from .lanes import PerRow as PerRow
+from .lanes import integrate_each as integrate_each
+from .lanes import log_prob_each as log_prob_each
+from .lanes import sample_each as sample_each
 from .likelihood import LogProb as LogProb
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import integrate_log_prob as integrate_log_prob

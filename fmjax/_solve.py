@@ -25,7 +25,7 @@ from jax.core import Tracer
 from .types import Velocity, check_same_shape
 
 _TOLERANCE = 1e-5
-_FIRST_STEP = 0.01
+FIRST_STEP = 0.01  # of the interval
 
 
 def solve(
@@ -42,8 +42,7 @@ def solve(
     adjoint: diffrax.AbstractAdjoint,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """`integrate` for any pytree `y0` of arrays of one floating dtype: (t, y, num_evaluations)."""
-    if t0 == t1:
-        raise ValueError(f"t0 and t1 must differ; got {t0} for both. A flow runs from 0 to 1.")
+    check_interval(t0, t1)
     dtype = jax.tree.leaves(y0)[0].dtype
     if ts is not None:
         ts = _check_ts(ts, t0, t1).astype(dtype)
@@ -53,10 +52,10 @@ def solve(
         stepsize_controller = diffrax.StepTo(np.linspace(t0, t1, num_steps + 1, dtype=dtype))
         max_steps = num_steps
     elif stepsize_controller is None:
-        stepsize_controller = diffrax.PIDController(rtol=_TOLERANCE, atol=_TOLERANCE)
-    per_step, at_start = _evaluations(solver, stepsize_controller)
+        stepsize_controller = default_controller()
+    per_step, at_start = evaluations(solver, stepsize_controller)
     on_a_grid = isinstance(stepsize_controller, diffrax.StepTo)
-    first_step = None if on_a_grid else jnp.asarray(_FIRST_STEP * (t1 - t0), dtype)
+    first_step = None if on_a_grid else jnp.asarray(FIRST_STEP * (t1 - t0), dtype)
 
     # The second sub-save holds the time that was reached, whether or not the solve came through.
     end = diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: None)
@@ -93,6 +92,15 @@ def checked(velocity: Velocity, dtype: jnp.dtype) -> Velocity:
     return call
 
 
+def check_interval(t0: float, t1: float) -> None:
+    if t0 == t1:
+        raise ValueError(f"t0 and t1 must differ; got {t0} for both. A flow runs from 0 to 1.")
+
+
+def default_controller() -> diffrax.AbstractStepSizeController:
+    return diffrax.PIDController(rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
 def _check_num_steps(
     num_steps: int, stepsize_controller: diffrax.AbstractStepSizeController | None
 ) -> None:
@@ -121,7 +129,7 @@ def _check_ts(ts: jax.Array, t0: float, t1: float) -> jax.Array:
     return jnp.clip(ts, min(t0, t1), max(t0, t1))
 
 
-def _evaluations(
+def evaluations(
     solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController
 ) -> tuple[int, int]:
     """Calls of the vector field in one step, and before the first."""
@@ -155,8 +163,14 @@ def _raise_on_failure(
     y: Any, result: diffrax.RESULTS, reached: jax.Array, t0: float, t1: float, max_steps: int
 ) -> Any:
     """`y`, or at run time an error that says to a hundredth of the interval where it stopped."""
-    hundredth = jnp.clip(100 * (reached - t0) / (t1 - t0), 0, 99).astype(jnp.int32)
     ran_out = result == diffrax.RESULTS.max_steps_reached
+    failed = result != diffrax.RESULTS.successful
+    messages = [f"The solve stopped {failure}" for failure in failures(t0, t1, max_steps)]
+    return eqx.branched_error_if(y, failed, failure_index(reached, ran_out, t0, t1), messages)
+
+
+def failures(t0: float, t1: float, max_steps: int) -> list[str]:
+    """What can be said of a solve that stopped: when, to a hundredth of the interval, and why."""
     times = [round(t0 + (t1 - t0) * i / 100, 6) for i in range(101)]
     where = [f"between t = {a} and t = {b}" for a, b in zip(times[:-1], times[1:], strict=True)]
     not_finite = (
@@ -165,12 +179,16 @@ def _raise_on_failure(
         "inwards, or sigma_min > 0."
     )
     too_many = (
-        f"max_steps = {max_steps} were taken. Raise max_steps, loosen the tolerance, or give "
-        "num_steps."
+        f"max_steps = {max_steps} were taken. Raise max_steps or loosen the tolerance; `sample` "
+        "and `log_prob` also take num_steps."
     )
-    messages = [f"The solve stopped {w}: {why}" for why in (not_finite, too_many) for w in where]
-    failed = result != diffrax.RESULTS.successful
-    return eqx.branched_error_if(y, failed, hundredth + jnp.where(ran_out, 100, 0), messages)
+    return [f"{w}: {why}" for why in (not_finite, too_many) for w in where]
+
+
+def failure_index(reached: jax.Array, ran_out: jax.Array, t0: float, t1: float) -> jax.Array:
+    """Which of the `failures` it was."""
+    hundredth = jnp.clip(100 * (reached - t0) / (t1 - t0), 0, 99).astype(jnp.int32)
+    return hundredth + jnp.where(ran_out, 100, 0)
 
 
 class StopWhenStalled(diffrax.AbstractStepSizeController):

@@ -24,7 +24,8 @@ ARROWS = {
     "types": set(),
     "_affine": {"types"},
     "paths": {"_affine", "types"},
-    "couplings": {"types"},
+    "assignment": set(),
+    "couplings": {"assignment", "types"},
     "times": {"types"},
     "losses": {"types"},
     "guidance": {"types"},
@@ -32,6 +33,8 @@ ARROWS = {
     "sampling": {"_solve", "types"},
     "divergences": {"types"},
     "likelihood": {"_solve", "divergences", "types"},
+    "_lanes": {"_solve"},
+    "lanes": {"_lanes", "_solve", "divergences", "likelihood", "types"},
     "models": {"models.mlp", "models.unet"},
     "models.layers": {"types"},
     "models.mlp": {"models.layers", "types"},
@@ -49,7 +52,10 @@ ARROWS = {
     "metrics.encoders": {"metrics.inception", "metrics.resize", "metrics.torch_files"},
     "training": set(),
     "sharding": {"training"},
-    "checkpoints": {"training", "types"},
+    "digests": set(),
+    "_manager": set(),
+    "_stored": {"_manager", "digests"},
+    "checkpoints": {"_manager", "_stored", "digests", "training", "types"},
     "data": {"_splits", "archives", "prepare", "types"},
     "_splits": set(),
     "pixels": set(),
@@ -58,7 +64,7 @@ ARROWS = {
     "archives": set(),
 }
 CORE = ("types", "paths", "couplings", "times", "losses", "guidance", "sampling")
-CORE += ("divergences", "likelihood")
+CORE += ("divergences", "likelihood", "lanes")
 ARROWS[""] = set(CORE)  # fmjax/__init__.py re-exports the core and nothing else
 HEAVY = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "ott")
 
@@ -155,7 +161,7 @@ def test_every_public_name_stands_in_the_readme():
     assert not missing
 
 
-@pytest.mark.parametrize("module", (*CORE, "dequantization"))
+@pytest.mark.parametrize("module", (*CORE, "assignment", "dequantization", "digests"))
 def test_docstring_examples_run(module):
     module = importlib.import_module(f"fmjax.{module}")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -20,7 +20,7 @@ from experiments import cifar10, digits, loop, mnist, step, two_moons
 from experiments.config import flags
 from experiments.images import UNetConfig, load
 from experiments.run import Run
-from fmjax import checkpoints, models, training
+from fmjax import checkpoints, data, models
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared/tensorflow_datasets"))
@@ -165,22 +165,83 @@ def nan_gradient(n):
     return n + jnp.sqrt(0 * n)  # the value is finite, the slope of sqrt at 0 times 0 is not
 
 
-@pytest.mark.parametrize("broken", [nan_loss, nan_gradient])
-def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken):
-    config = moons(tmp_path, num_steps=10, checkpoint_every=2)
-    tx = training.adam(1e-3)
+def train_until_broken(folder, broken, **settings):
+    """Adam moves n by 1e-3 a step, so the fourth step is the first below -2.5e-3."""
+    config = moons(folder, checkpoint_every=2, **({"num_steps": 10} | settings))
+    tx = step.make_optimizer(dataclasses.replace(config, learning_rate=1e-3))
 
     def loss_fn(params, key, x):
-        # Adam moves n by 1e-3 a step, so the fourth step is the first below -2.5e-3.
         n = params["n"]
         return jax.lax.cond(n < -2.5e-3, broken, lambda n: n, n) + 0 * x.sum()
 
     with Run("nan", config) as run:
         state = step.init_state(config, lambda key: {"n": jnp.zeros(())}, jax.random.key(0), tx)
         steps = step.make_steps(config, lambda key, x: x, loss_fn, tx, state)
-        with pytest.raises(FloatingPointError, match="step 4 "):
-            loop.train(run, state, steps, jax.random.key(0), np.ones((64, 2), np.float32))
+        return loop.train(run, state, steps, jax.random.key(0), np.arange(128.0).reshape(64, 2))
+
+
+@pytest.mark.parametrize("broken", [nan_loss, nan_gradient])
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken, steps_per_dispatch):
+    with pytest.raises(FloatingPointError, match="step 4 .*the last good one is step 2"):
+        train_until_broken(tmp_path, broken, steps_per_dispatch=steps_per_dispatch)
     assert final_state(tmp_path)[0] == 2  # the good one; the fourth step's was not saved
+    dump = np.load(tmp_path / "not_finite_step_00000004.npz", allow_pickle=False)
+    batches = data.batches(64, 64, seed=0, start_step=3)
+    np.testing.assert_array_equal(dump["rows"], next(batches))
+    np.testing.assert_array_equal(dump["x1"][:, 0], 2.0 * dump["rows"])
+    assert dump["step"] == 4 and dump["checkpoint"] == 2
+
+
+def test_up_to_n_such_steps_are_left_out(tmp_path):
+    """From the fourth on every step is bad: n stays where three steps brought it."""
+    state, _ = train_until_broken(tmp_path / "skips", nan_loss, num_steps=8, max_skipped_steps=5)
+    np.testing.assert_allclose(state.params["n"], -3e-3, rtol=1e-3)
+    assert int(state.step) == 8
+    with pytest.raises(FloatingPointError, match="step 8 "):
+        train_until_broken(tmp_path / "stops", nan_loss, num_steps=9, max_skipped_steps=4)
+    # They count over restarts: five have been left out already.
+    with pytest.raises(FloatingPointError, match="step 9 "):
+        train_until_broken(tmp_path / "skips", nan_loss, num_steps=9, max_skipped_steps=5)
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_left_out_too(tmp_path):
+    def broken(n):
+        return n + jnp.inf
+
+    state, _ = train_until_broken(tmp_path, broken, num_steps=5, max_skipped_steps=2)
+    np.testing.assert_allclose(state.params["n"], -3e-3, rtol=1e-3)
+
+
+def test_several_steps_per_dispatch_and_fewer_devices_go_on_alike(tmp_path):
+    """13 steps, cut at 5 and 10; the number of devices may change on the way."""
+    flags = dict(checkpoint_every=5, steps_per_dispatch=5, num_devices=4, fsdp=2)
+    two_moons.main(moons(tmp_path / "a", num_steps=8, **flags))
+    two_moons.main(moons(tmp_path / "a", num_steps=13, checkpoint_every=5))
+    two_moons.main(moons(tmp_path / "b", num_steps=13))
+    a, b = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("a", "b")
+    )
+    assert len(a) == 13
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_bfloat16_computes_the_network_and_leaves_the_rest_float32(tmp_path):
+    settings = SMALL | {"precision": "bfloat16", "remat": True, "num_steps": 4}
+    digits.main(digits.Config(workdir=tmp_path / "narrow", **settings))
+    digits.main(digits.Config(workdir=tmp_path / "wide", **(SMALL | {"num_steps": 4})))
+    narrow, wide = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("narrow", "wide")
+    )
+    assert all(
+        x.dtype != jnp.bfloat16 for x in jax.tree.leaves(final_state(tmp_path / "narrow")[1])
+    )
+    # bfloat16 has 8 bits: the losses agree to about 1 %, and not to more.
+    for a, b in zip(narrow, wide, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-2)
+    assert narrow[-1]["gradient_norm"] != wide[-1]["gradient_norm"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +253,12 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken):
         ({"warmup_steps": -5}, "--warmup-steps must be zero or more"),
         ({"ema_decay": 1.5}, "--ema-decay"),
         ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"num_devices": 9}, "--num-devices must be at most the 8"),
+        ({"num_devices": 6, "batch_size": 64}, "multiple of the number of devices"),
+        ({"fsdp": 3}, "fsdp must divide"),
+        ({"fsdp": 2, "parallel": "pmap"}, "--parallel pmap keeps the state whole"),
+        ({"steps_per_dispatch": 3}, "--checkpoint-every must be a multiple"),
+        ({"max_skipped_steps": -1}, "--max-skipped-steps must be zero or more"),
     ],
 )
 def test_bad_flags_are_refused_before_any_work(tmp_path, change, message):
