@@ -58,7 +58,8 @@ def join(config: ClusterConfig) -> None:
     wanted = named == 3 or config.join == "yes" or (config.join == "auto" and detected(os.environ))
     if config.join == "no" or not wanted or jax.distributed.is_initialized():
         return
-    jax.distributed.initialize(*given)
+    # One that fails alone takes the others with it within a minute.
+    jax.distributed.initialize(*given, shutdown_timeout_seconds=60)
 
 
 def is_main() -> bool:
@@ -121,13 +122,19 @@ class Preemption:
         finally:
             for number in own:
                 signal.signal(number, before[number])
+            if jax.process_count() > 1:  # all is saved, and nobody asks `reached` any more
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def came(self) -> bool:
+        """Whether a signal has come, to the only process."""
+        return jax.process_count() == 1 and self.signal is not None
 
     def reached(self, dispatch: int) -> bool:
         """Whether to stop now: in a pod after the same dispatch in every process."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(dispatch):
             self.signal = self.signal or signal.SIGTERM
             return True
-        return jax.process_count() == 1 and self.signal is not None
+        return self.came()
 
     def exit(self, folder: pathlib.Path, step: int) -> SystemExit:
         """Says what happened; the exit code is 128 and the signal's number, as a shell's."""

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments import cluster
 from experiments.run import Run
 from fmjax import training
 
@@ -36,20 +37,25 @@ class NotFinite:
           FloatingPointError: if there have been too many.
         """
         self._count += 1
-        dump = self._dump(step, metrics, rows, x1)
+        try:
+            dump = f"in {self._dump(step, metrics, rows, x1)}"
+        except OSError as error:
+            dump = f"not kept: {error.strerror}"
         most = self._run.config.max_skipped_steps
         what = (
             f"The loss of step {step} is {metrics.loss}, its gradient's norm "
-            f"{metrics.gradient_norm}; its batch is in {dump}."
+            f"{metrics.gradient_norm}; its batch is {dump}."
         )
         if self._count <= most:
-            print(f"\n{what} The step is left out, {self._count} of {most}.", flush=True)
+            if cluster.is_main():
+                print(f"\n{what} The step is left out, {self._count} of {most}.", flush=True)
             return
         saved = self._run.saved_step
         good = "there is no checkpoint" if saved is None else f"the last good one is step {saved}"
         raise FloatingPointError(
             f"{what} The run stops; of the checkpoints in {self._run.folder} {good}. A lower "
-            "--learning-rate is the usual mend, --max-skipped-steps leaves such steps out."
+            "--learning-rate is the usual mend; --max-skipped-steps, in another folder, leaves "
+            "such steps out."
         )
 
     def _dump(self, step: int, metrics: training.Metrics, rows: np.ndarray, x1: np.ndarray) -> Any:

@@ -90,7 +90,7 @@ def train(
                 watch.look(*pending)
                 pending = None
                 run.save(state, wait=done or stop)
-            if stop:
+            if stop or (done and preemption.came()):  # also during the last save
                 raise preemption.exit(run.folder, dispatch.last)
     return state, watch.rate(config.num_steps - first_end)
 
@@ -101,7 +101,7 @@ class Watch:
     def __init__(self, run: Run, not_finite: NotFinite, start: int):
         self._run, self._not_finite = run, not_finite
         self._seconds_before = run.seconds
-        self._logged = start
+        self._seen = start
         self._began = self._last = self.compiled = time.perf_counter()
         self.progress = tqdm.tqdm(
             total=run.config.num_steps,
@@ -115,23 +115,23 @@ class Watch:
     def look(self, dispatch: Dispatch, metrics: training.Metrics, x1: np.ndarray) -> None:
         """Waits for a dispatch's metrics, `[num_steps]` each."""
         config, metrics = self._run.config, jax.device_get(metrics)
+        now, rate = time.perf_counter(), 0.0
+        wanted = {*range(dispatch.first, dispatch.last + 1)}
+        wanted = {n for n in wanted if n % config.log_every == 0 or n == config.num_steps}
+        if wanted:  # the steps of one dispatch come back together and have one rate
+            rate = (dispatch.last - self._seen) * config.batch_size / max(now - self._last, 1e-9)
+            self._last, self._seen = now, dispatch.last
+            self._run.seconds = self._seconds_before + now - self._began
         for index, step in enumerate(range(dispatch.first, dispatch.last + 1)):
             one = training.Metrics(*(values[index] for values in metrics))
             # The gradient as well: it made the state that would be saved next.
             if not (math.isfinite(one.loss) and math.isfinite(one.gradient_norm)):
                 self._not_finite.note(step, one, dispatch.rows[index], x1[index])
-            if step % config.log_every == 0 or step == config.num_steps:
-                self._log(step, one)
+            if step in wanted:
+                self._run.log(step, one, rate)
+                text = f"loss {one.loss:.4f}, {rate:.0f} examples/s"
+                self.progress.set_postfix_str(text, refresh=False)
         self.progress.update(len(dispatch.rows))
-
-    def _log(self, step: int, metrics: training.Metrics) -> None:
-        now = time.perf_counter()
-        self._run.seconds = self._seconds_before + now - self._began
-        rate = (step - self._logged) * self._run.config.batch_size / max(now - self._last, 1e-9)
-        self._last, self._logged = now, step
-        self._run.log(step, metrics, rate)
-        text = f"loss {metrics.loss:.4f}, {rate:.0f} examples/s"
-        self.progress.set_postfix_str(text, refresh=False)
 
     def rate(self, num_steps: int) -> float | None:
         """Examples per second of the `num_steps` since `compiled`, or None where there are none."""

@@ -48,8 +48,11 @@ def save_grid(
     Image.fromarray(sheet[..., 0] if channel == 1 else sheet).save(path, optimize=True)
 
 
-def save_loss_curve(rows: Sequence[dict[str, float]], path: pathlib.Path) -> None:
+def save_loss_curve(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """The loss of metrics.jsonl against the step, each line and a running mean over ten."""
+    rows = [row for row in rows if row["loss"] is not None]  # steps that were left out
+    if not rows:
+        return
     steps = np.array([row["step"] for row in rows])
     losses = np.array([row["loss"] for row in rows])
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -1,5 +1,6 @@
 """The small files of a run folder: written whole or not at all, by one process at a time."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -7,9 +8,11 @@ import pathlib
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def claim(folder: pathlib.Path) -> TextIO:
@@ -36,13 +39,32 @@ def lock(folder: pathlib.Path) -> TextIO:
     file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         file.close()
+        if not isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"A run folder must be on a disk that knows file locks; got {folder}: "
+                f"{error.strerror}. Take another one."
+            ) from None
         raise ValueError(
             f"A run folder is one process's at a time; another is running in {folder}. Wait for "
             "it, or take another folder."
         ) from None
     return file
+
+
+@contextlib.contextmanager
+def compiled_in(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps what is compiled in a folder, unless the user keeps it elsewhere already."""
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -4,17 +4,24 @@ A run folder holds
 
     config.json      the flags, versions, devices, global batch
     checkpoints/     the latest three states (Orbax)
+    compiled/        programs (JAX's persistent cache, unless another is set). A restart runs them:
+                     delete it in a folder that comes from others
     metrics.jsonl    loss, gradient norm, learning rate and images/s, a line every `log_every` steps
     tensorboard/     the same as TensorBoard events
     loss.png         the loss curve
     samples/         pictures
     summary.json     the figures at the end
+    lock             held by the process that runs here
+    not_finite_*.npz batches whose loss or gradient was not finite
 
 A run that is started again in its folder goes on from the last checkpoint. In a pod all processes
 share the folder; process 0 writes all but the checkpoints.
 """
 
+import contextlib
+import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -22,7 +29,7 @@ import tensorboardX
 
 from experiments import cluster
 from experiments.config import FREE, RunConfig, flags
-from experiments.records import claim, environment, write_json, write_text
+from experiments.records import claim, compiled_in, environment, write_json, write_text
 from fmjax import checkpoints, training
 
 
@@ -41,7 +48,7 @@ class Run:
         self._lock = cluster.main_first(lambda: claim(self.folder))
         self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
-            checkpoints.check_config(self._manager, self._flags, free=FREE)
+            checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
             self._check_num_steps()
         except ValueError:
             self._close()
@@ -52,10 +59,13 @@ class Run:
         self._writer = None
 
     def __enter__(self) -> "Run":
+        self._compiled = contextlib.ExitStack()
+        self._compiled.enter_context(compiled_in(self.folder / "compiled"))
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
+            self._compiled.close()
             if self._writer is not None:
                 self._writer.close()
             self._close()
@@ -69,6 +79,16 @@ class Run:
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def _unknown(self) -> set[str]:
+        """Flags that the run did not know when it began, and that have their default."""
+        stored = checkpoints.restore_config(self._manager) or self._flags
+        fields = dataclasses.fields(self.config)
+        return {
+            field.name
+            for field in fields
+            if field.name not in stored and getattr(self.config, field.name) == field.default
+        }
 
     def _check_num_steps(self) -> None:
         step = checkpoints.latest_step(self._manager) or 0
@@ -91,19 +111,22 @@ class Run:
                     f"{reason}. The run goes on from step {step}.",
                     file=sys.stderr,
                 )
-            write_json(self.folder / "config.json", self._record)  # not before one was good
-            kept = [row for row in self.metrics() if row["step"] <= step]
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
-            lines = "".join(json.dumps(row) + "\n" for row in kept)
-            write_text(self.folder / "metrics.jsonl", lines)
-            self._writer = tensorboardX.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=step + 1
-            )
+        cluster.main_first(lambda: self._go_on(step))
         return state
+
+    def _go_on(self, step: int) -> None:
+        write_json(self.folder / "config.json", self._record)  # not before a checkpoint was good
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        write_text(self.folder / "metrics.jsonl", lines)
+        folder = str(self.folder / "tensorboard")
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
 
     @property
     def saved_step(self) -> int | None:
-        """The step of the last checkpoint."""
+        """The step of the last whole checkpoint; one that is being written is waited for."""
+        self._manager.wait_until_finished()
         return checkpoints.latest_step(self._manager)
 
     def save(self, state: training.TrainState, *, wait: bool = False) -> None:
@@ -115,13 +138,17 @@ class Run:
             return
         row = {name: float(value) for name, value in metrics._asdict().items()}
         row |= {"images_per_second": images_per_second, "seconds": round(self.seconds, 3)}
+        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+            file.write(json.dumps({"step": step} | plain) + "\n")
         for name, value in row.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, None for what was not finite.
+
+        A last line that a kill cut short is left out.
+        """
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -132,11 +132,12 @@ def _pmap_steps(
 
 
 def _spoil() -> optax.GradientTransformationExtraArgs:
-    """NaN for the whole gradient where the loss is not finite: such a step is left out as well."""
+    """NaN for the whole gradient where the loss or its norm is not finite: all is left out then."""
 
     def update(updates, state, params=None, **extra_args):
         del params
-        factor = jnp.where(jnp.isfinite(extra_args["value"]), 1.0, jnp.nan)
+        finite = jnp.isfinite(extra_args["value"]) & jnp.isfinite(optax.tree.norm(updates))
+        factor = jnp.where(finite, 1.0, jnp.nan)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -101,13 +101,19 @@ def evaluate(
     held_out: np.ndarray,
 ) -> dict[str, Any]:
     """Trajectories, the density on a grid and that of held-out points, over all devices."""
-    velocity = functools.partial(model.apply, state.ema_params)
     ts = jnp.linspace(0.0, 1.0, 51)
-    flow = jax.jit(lambda x0: fm.integrate(velocity, x0, ts=ts))
-    log_prob = jax.jit(lambda x: fm.log_prob(velocity, x))
+
+    @jax.jit
+    def flow(params: Any, x0: jax.Array) -> fm.Trajectory:
+        return fm.integrate(functools.partial(model.apply, params), x0, ts=ts)
+
+    @jax.jit
+    def log_prob(params: Any, x: jax.Array) -> jax.Array:
+        return fm.log_prob(functools.partial(model.apply, params), x)
 
     def spread(f: Any, x: Any) -> Any:
-        return sharding.whole(f(sharding.spread(np.asarray(x), mesh(config))))
+        # The parameters are an argument: other processes' parts of them can't be closed over.
+        return sharding.whole(f(state.ema_params, sharding.spread(np.asarray(x), mesh(config))))
 
     trajectory = spread(flow, jax.random.normal(key, (config.num_samples, 2)))
     extent, side = 3.0, 120

@@ -14,11 +14,13 @@ Aerospace and Electronic Systems 52(4) (the augmenting paths of SciPy and Optax)
 2019, arXiv 1803.00567, sections 3.6 and 4.1 (potentials; falling temperatures).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
+from jax.experimental.buffer_callback import buffer_callback
 
 TEMPERATURES = (0.2, 0.05, 0.0125)  # in standard deviations of the cost
 ROUNDS = 10  # of Sinkhorn's, at each temperature
@@ -45,11 +47,14 @@ def optimal_assignment(cost: jax.Array) -> jax.Array:
       >>> optimal_assignment(jnp.array([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]))
       Array([1, 0, 2], dtype=int32)
     """
-    if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not cost.size:
         raise ValueError(
-            f"cost must be a square matrix, [n, n]; got {cost.shape}. For a stack, jax.vmap."
+            f"cost must be a square matrix, [n, n], not empty; got {cost.shape}. For a stack, "
+            "jax.vmap."
         )
-    reduced = reduce_cost(jax.lax.stop_gradient(cost))
+    largest = jnp.max(jnp.abs(cost), initial=0.0)  # scaled, so that no potential overflows
+    cost = jax.lax.stop_gradient(cost / jnp.where(largest > 0, largest, 1))
+    reduced = reduce_cost(cost)
     return jax.lax.platform_dependent(reduced, cpu=_solve_on_host, default=_solve_on_device)
 
 
@@ -103,8 +108,9 @@ def _solve_on_host(cost: jax.Array) -> jax.Array:
     return buffer_callback(_scipy_assignment, rows, vmap_method="sequential")(cost)
 
 
-def _scipy_assignment(_: ExecutionContext, rows: Buffer, cost: Buffer) -> None:
+def _scipy_assignment(context: Any, rows: Any, cost: Any) -> None:
     """Writes the row of each column into `rows`. NumPy alone in here, for the same reason."""
+    del context
     from scipy.optimize import linear_sum_assignment  # late, for `import fmjax` to be light
 
     _, columns = linear_sum_assignment(np.asarray(cost))

@@ -1,4 +1,4 @@
-"""Adaptive solves in which every example has its own step sizes, at little cost.
+"""Adaptive solves in which every example has its own step sizes.
 
 In `sample` and `log_prob` a batch shares one adaptive step, its error measured over the whole
 batch: an example's result depends on its batch-mates, and one hard example makes all take its small

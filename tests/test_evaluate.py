@@ -66,6 +66,7 @@ def untrained(config, event_shape, name):
     key = jax.random.key(1)  # the last layer of a U-Net begins at zero
     moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), state.params)
     with Run(name, config) as run:
+        run.restore(state)  # nothing is there yet; it begins the folder's record
         run.save(state._replace(ema_params=moved, step=jnp.asarray(30)), wait=True)
     return config.workdir
 

@@ -7,12 +7,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.optimize
 
 import fmjax as fm
 from experiments import digits, two_moons
-from experiments.images import ImageConfig, load, make_draw, measure_bits_per_dim
+from experiments.images import ImageConfig, load, make_draw, make_loss, measure_bits_per_dim
 from experiments.run import Run
 from experiments.step import PATHS
 from fmjax import checkpoints, data, models, pixels, training
@@ -126,3 +127,30 @@ def test_a_folder_takes_one_process_at_a_time(tmp_path):
             Run("digits", first)
     with Run("digits", first):  # and is free again afterwards
         pass
+
+
+def test_bfloat16_and_remat_leave_parameters_gradients_and_loss_float32():
+    model = models.UNet(channels=16, channel_multipliers=(1,), num_res_blocks=1, dropout=0.1)
+    images = load(config(), "train[:8]").images
+    drawn = make_draw(config(), 17)(KEY, images)
+    params = model.init(KEY, jnp.zeros(()), jnp.zeros((1, 8, 8, 1)))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params)
+
+    def measure(model):
+        return jax.jit(jax.value_and_grad(make_loss(model)))(params, KEY, drawn)
+
+    loss, gradient = measure(model)
+    narrow = model.clone(dtype=jnp.bfloat16, remat=True)
+    near, near_gradient = measure(narrow)
+    assert near.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(near_gradient)} == {jnp.dtype("float32")}
+    distance = optax.tree.norm(optax.tree.sub(gradient, near_gradient)) / optax.tree.norm(gradient)
+    # bfloat16 has 8 bits: about 0.4 % per operation, and it must have been used.
+    assert abs(near / loss - 1) < 1e-2 and 1e-4 < distance < 5e-2
+    text = str(jax.make_jaxpr(make_loss(narrow))(params, KEY, drawn))
+    assert "bf16[3,3,16,16]" in text  # the convolutions' filters
+
+    again, same = measure(model.clone(remat=True))
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

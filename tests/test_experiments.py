@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import cifar10, digits, loop, mnist, step, two_moons
+from experiments import cifar10, digits, loop, mnist, plots, step, two_moons
 from experiments.config import flags
 from experiments.images import UNetConfig, load
 from experiments.run import Run
@@ -117,6 +117,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
     assert len(curves[0]) == 12 and curves[0] == curves[1]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_exactly(tmp_path):
     def command(name):
         settings = "--num-steps 3000 --checkpoint-every 500 --log-every 100 --model.features 16"
@@ -227,21 +228,18 @@ def test_several_steps_per_dispatch_and_fewer_devices_go_on_alike(tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_bfloat16_computes_the_network_and_leaves_the_rest_float32(tmp_path):
-    settings = SMALL | {"precision": "bfloat16", "remat": True, "num_steps": 4}
-    digits.main(digits.Config(workdir=tmp_path / "narrow", **settings))
-    digits.main(digits.Config(workdir=tmp_path / "wide", **(SMALL | {"num_steps": 4})))
-    narrow, wide = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("narrow", "wide")
-    )
-    assert all(
-        x.dtype != jnp.bfloat16 for x in jax.tree.leaves(final_state(tmp_path / "narrow")[1])
-    )
-    # bfloat16 has 8 bits: the losses agree to about 1 %, and not to more.
-    for a, b in zip(narrow, wide, strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-2)
-    assert narrow[-1]["gradient_norm"] != wide[-1]["gradient_norm"]
+def test_steps_that_were_left_out_are_null_and_not_drawn(tmp_path):
+    train_until_broken(tmp_path, nan_loss, num_steps=8, max_skipped_steps=5)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["loss"] is None for row in rows] == 3 * [False] + 5 * [True]
+    plots.save_loss_curve(rows, tmp_path / "loss.png")
+    assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 1
+
+
+def test_the_skipping_flag_can_not_change_on_the_way(tmp_path):
+    train_until_broken(tmp_path, nan_loss, num_steps=2)
+    with pytest.raises(ValueError, match="max_skipped_steps: folder has 0, got 3"):
+        train_until_broken(tmp_path, nan_loss, num_steps=2, max_skipped_steps=3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import report, toy_report
+from experiments.benchmarks import uneven
+from experiments.benchmarks.compare import report as report_of_compare
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/benchmarks/results"
@@ -95,6 +97,16 @@ def test_the_toy_table_is_the_recorded_one():
     assert (RESULTS / "toy_table.md").read_text() == text
     copied = re.search(r"<!-- toy table -->\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
     assert copied.group(1) == text.split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("uneven", uneven.table), ("compare", report_of_compare.table)]
+)
+def test_the_benchmarks_are_the_recorded_ones(name, table):
+    text = table(json.loads((RESULTS / f"{name}.json").read_text()))
+    readme = (ROOT / "README.md").read_text()
+    copied = re.search(rf"<!-- {name} -->\n\n(.*?\n)\n", readme, re.S)
+    assert copied.group(1) == text.split("\n\n")[0].rstrip("\n") + "\n"
 
 
 def test_the_divergences_are_the_recorded_ones():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -155,22 +156,41 @@ def test_memory_stays_constant_over_10000_steps(tmp_path, steps_per_dispatch):
     assert max(sizes) >= 9000 and later[-1] < 1.05 * min(later)
 
 
-def test_a_read_only_folder_is_refused_before_training(tmp_path):
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    script = (
-        f"mount -t tmpfs -o ro none '{folder}/checkpoints' && "
-        f"exec {sys.executable} -m experiments.two_moons --workdir '{folder}' --num-steps 5"
-    )
+def in_a_namespace(script):
+    """Runs a shell script in which `mount` is allowed, or skips."""
     probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True)
     if probe.returncode:
         pytest.skip(f"no mount namespace here: {probe.stderr.decode().strip()}")
-    done = subprocess.run(
+    return subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True
     )
+
+
+def test_a_read_only_folder_is_refused_before_training(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    mount = f"mount -t tmpfs -o ro none '{folder}/checkpoints'"
+    done = in_a_namespace(f"{mount} && exec {shlex.join(command(folder, '--num-steps', '5'))}")
     assert done.returncode != 0 and "must be one that can be written" in done.stderr
-    assert "Read-only file system" in done.stderr and "step" not in done.stderr.split("Error")[0]
+    assert "Read-only file system" in done.stderr and "step/s" not in done.stderr
     assert not (folder / "config.json").exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    """A disk of 3 MiB, which fills up among the checkpoints; with more room the run goes on."""
+    folder = tmp_path / "disk" / "run"
+    folder.parent.mkdir()
+    flags = ("--num-steps", "400", "--checkpoint-every", "10", "--model.features", "256", "256")
+    run = shlex.join(command(folder, *flags))
+    disk = shlex.quote(str(folder.parent))
+    done = in_a_namespace(
+        f"mount -t tmpfs -o size=3m none {disk} && ({run}; echo code $?; "
+        f"ls {disk}/run/checkpoints; mount -o remount,size=300m {disk}; exec {run})"
+    )
+    first, stopped, rest = done.stdout.partition("code 1\n")
+    assert stopped and "Run folder" not in first, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr and "last good one is step" in done.stderr
+    assert done.returncode == 0 and '"step": 400' in rest, done.stderr
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):

@@ -1,0 +1,1 @@
+"""fmjax and its peers side by side: `python -m experiments.benchmarks.compare`."""

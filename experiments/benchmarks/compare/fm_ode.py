@@ -1,0 +1,93 @@
+"""fmjax's side of the solves: samples and exact log-densities at tolerance 1e-5.
+
+The network is torchcfm's MLP with SiLU in SELU's place: SELU's slope jumps at zero, so that the
+divergence is discontinuous and an adaptive solver of either library takes fifty times the steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from experiments.benchmarks.compare import fm_mlp, points
+from experiments.benchmarks.compare.workers import Case, Options, timed
+from fmjax import data, models, training
+
+TRAINING_STEPS = 2000
+
+
+def weights(options: Options) -> Any:
+    """The flow from noise to moons that both sides solve: trained by the first side to come."""
+    if not (options.folder / "weights.npz").exists():
+        state, step = fm_mlp.make_step(fm_mlp.MLP(jax.nn.silu))
+        train = functools.partial(fm_mlp.train, step=step, key=jax.random.key(1))
+        params = jax.jit(lambda state: train(state, num=TRAINING_STEPS)[0].ema_params)(state)
+        layers = [params["params"][f"Dense_{i}"] for i in range(len(points.LAYERS) - 1)]
+        arrays = [(np.asarray(layer["kernel"]), np.asarray(layer["bias"])) for layer in layers]
+        points.write_weights(options.folder, arrays)
+    named = enumerate(points.read_weights(options.folder))
+    return {"params": {f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in named}}
+
+
+def sampling(options: Options) -> dict[str, Case]:
+    velocity = functools.partial(fm_mlp.MLP(jax.nn.silu).apply, weights(options))
+
+    def case(num: int) -> Case:
+        solve = jax.jit(lambda x0: fm.integrate(velocity, x0))
+        name = options.folder / f"sampling_{num}_fmjax.npy"
+        return _case(solve, points.normal(num), 10 if num > 100 else 100, name)
+
+    return {str(num): case(num) for num in (1024, 16)}
+
+
+def log_density(options: Options) -> dict[str, Case]:
+    velocity = functools.partial(fm_mlp.MLP(jax.nn.silu).apply, weights(options))
+    solve = jax.jit(lambda x1: fm.integrate_log_prob(velocity, x1))
+    name = options.folder / "log_density_1024_fmjax.npy"
+    return {"1024": _case(solve, points.moons(1024), 5, name)}
+
+
+def image_log_density(options: Options) -> dict[str, Case]:
+    """Digits under a small U-Net that has been trained for a moment."""
+    del options
+    images = data.load_digits("train").images.astype(np.float32) / 8 - 1
+    model = models.UNet(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, time_scale=30.0)
+
+    def loss_fn(params: Any, key: jax.Array, batch: None) -> jax.Array:
+        key_x1, key_x0, key_t = jax.random.split(key, 3)
+        x1 = jnp.asarray(images)[jax.random.randint(key_x1, (64,), 0, len(images))]
+        x0, t = jax.random.normal(key_x0, x1.shape), fm.uniform(key_t, (64,))
+        path_sample = fm.sample_path(fm.cond_ot(), x0, x1, t)
+        return jnp.mean(fm.cfm_loss(functools.partial(model.apply, params), path_sample))
+
+    tx = training.adam(1e-3)
+    params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 8, 8, 1)))
+    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
+    state = training.init_train_state(params, tx)
+    for _ in range(100):
+        state, _ = step(state, jax.random.key(1), None)
+    velocity = functools.partial(model.apply, state.ema_params)
+    solve = jax.jit(lambda x1: fm.integrate_log_prob(velocity, x1))
+    return {"16": _case(solve, images[:16], 1)}
+
+
+def _case(solve: Callable[[jax.Array], Any], x: np.ndarray, num: int, result: Any = None) -> Case:
+    """`num` solves of `x`, one after another; the result is left for the peer's to stand beside."""
+    start = jnp.asarray(x)
+
+    def run() -> None:
+        for _ in range(num):
+            jax.block_until_ready(solve(start))
+
+    def facts() -> dict[str, Any]:
+        solved = solve(start)
+        if result is not None:
+            value = solved.x[-1] if isinstance(solved, fm.Trajectory) else solved.log_prob
+            np.save(result, np.asarray(value))
+        return {"evaluations": int(solved.num_evaluations), "solver": "Tsit5"}
+
+    return timed(run, num, facts=facts)

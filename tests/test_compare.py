@@ -1,0 +1,165 @@
+"""The comparison with the peers: its protocol, its table and its reference, without torch."""
+
+import contextlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fmjax as fm
+from experiments.benchmarks.compare import __main__ as compare
+from experiments.benchmarks.compare import points, reference, report, workers
+from experiments.benchmarks.compare.rows import ROWS, Line, Row
+
+RESULTS = pathlib.Path(__file__).parents[1] / "experiments/benchmarks/results"
+LAYERS = [
+    (0.5 * np.random.default_rng(i).standard_normal((a, b)), np.full(b, 0.1))
+    for i, (a, b) in enumerate([(3, 8), (8, 8), (8, 2)])
+]
+
+
+def velocity(t, x):
+    """The reference's network in JAX."""
+    h = jnp.concatenate([x, jnp.broadcast_to(t, (len(x), 1))], axis=1)
+    for n, (kernel, bias) in enumerate(LAYERS):
+        h = h @ jnp.asarray(kernel, h.dtype) + jnp.asarray(bias, h.dtype)[None]
+        h = jax.nn.silu(h) if n < len(LAYERS) - 1 else h
+    return h
+
+
+def test_the_reference_agrees_with_fmjax():
+    """Backwards with the log-density, and forwards again from where that ended."""
+    x1 = points.normal(16)
+    solved = jax.jit(lambda x1: fm.integrate_log_prob(velocity, x1))(x1)
+    np.testing.assert_allclose(solved.log_prob, reference.log_prob(LAYERS, x1), atol=1e-4)
+    np.testing.assert_allclose(x1, reference.sample(LAYERS, np.asarray(solved.x0)), atol=1e-4)
+
+
+def test_the_references_divergence_is_the_trace_of_finite_differences():
+    x, step = points.normal(4).astype(np.float64), 1e-6
+    _, div = reference.velocity(LAYERS, 0.3, x)
+    for i in range(2):
+        shift = step * np.eye(2)[i]
+        ahead, behind = (reference.velocity(LAYERS, 0.3, x + s * shift)[0] for s in (1, -1))
+        div = div - (ahead - behind)[:, i] / (2 * step)
+    np.testing.assert_allclose(div, 0, atol=1e-8)
+
+
+def made(seconds, errors=(), facts=()):
+    line = Line("a row", "steps/s", "fmjax/jit", ("torch/one", "torch/two"), 2.0)
+    return line, {"seconds": seconds, "errors": dict(errors), "facts": dict(facts)}
+
+
+def test_the_ratio_is_the_median_of_paired_ratios_against_the_fastest_peer():
+    line, row = made(
+        {
+            "fmjax/jit": [1.0, 2.0, 4.0],
+            "torch/one": [9.0, 9.0, 9.0],
+            "torch/two": [3.0, 4.0, 20.0],  # ratios 3, 2, 5: their median is not 4 / 2
+        }
+    )
+    text = report._line(line, row, "peer")
+    cells = [cell.strip() for cell in text.strip("|").split("|")]
+    assert cells == [
+        "a row",
+        "0.500 steps/s",
+        "0.250 steps/s",
+        "peer (two)",
+        "3.00x",
+        "2.00 .. 5.00",
+        ">= 2x",
+    ]
+
+
+def test_a_peer_that_is_not_there_leaves_a_line_that_says_so():
+    line, row = made({"fmjax/jit": [0.5]}, {"torch": "not installed: torch"})
+    cells = [cell.strip() for cell in report._line(line, row, "peer").strip("|").split("|")]
+    assert cells[1:5] == ["2.00 steps/s", "not installed: torch", "peer", ""]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit", "text"),
+    [
+        (0.0123, "ms", "12.3 ms"),
+        (0.0005, "ms", "0.500 ms"),
+        (25.04, "s", "25.0 s"),
+        (1 / 4.13, "images/s", "4.13 images/s"),
+        (1 / 3190.4, "steps/s", "3,190 steps/s"),
+    ],
+)
+def test_figures_keep_three_digits(seconds, unit, text):
+    assert report._figure([seconds], unit) == text
+
+
+def test_the_loops_own_work_is_set_against_the_step():
+    rows = {"unet_training": {"seconds": {"fmjax/jit": [0.2, 0.2, 9.0]}}}
+    assert report._host_share(rows) == []
+    rows["input"] = {"seconds": {"fmjax/batch": [0.0, 0.001, 0.001]}}
+    assert "take 0.50% of" in report._host_share(rows)[0]
+
+
+class FakeSide:
+    """A side whose cases take what a script says, and that notes who was asked when."""
+
+    def __init__(self, name, script, log):
+        self.name, self.script, self.log = name, iter(script), log
+        self.work = {"case": 10.0}
+
+    def repeat(self, case):
+        self.log.append(self.name)
+        value = next(self.script)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+ROW = Row("", "", {"a": "", "b": ""}, (Line("", "s", "a/case", ("b/case",)),))
+
+
+def test_repetitions_are_interleaved_and_divided_by_the_work():
+    log = []
+    sides = {name: FakeSide(name, [1.0, 2.0, 3.0], log) for name in "ab"}
+    seconds = compare._interleave(ROW, sides, {}, 3)
+    assert log == ["a", "b"] * 3
+    assert seconds == {"a/case": [0.1, 0.2, 0.3], "b/case": [0.1, 0.2, 0.3]}
+
+
+def test_a_side_that_fails_half_way_leaves_the_other():
+    sides = {"a": FakeSide("a", [1.0] * 3, []), "b": FakeSide("b", [1.0, workers.Failed("x")], [])}
+    errors = {}
+    assert list(compare._interleave(ROW, sides, errors, 3)) == ["a/case"]
+    assert errors == {"b": "x"}
+
+
+def test_a_process_answers_and_a_broken_one_says_why(tmp_path):
+    options = workers.Options(1, tmp_path)
+    with contextlib.closing(workers.Side("probes:counting", options)) as side:
+        assert side.work == {"count": 2.0}
+        assert side.repeat("count") == 2.0  # the first was its warming
+        assert side.facts("count") == {"threads": 1, "cores": 1}
+    for function, message in (("raising", "IndexError: no"), ("missing", "not installed: nowhere")):
+        with pytest.raises(workers.Failed, match=message):
+            workers.Side(f"probes:{function}", options)
+    with contextlib.closing(workers.Side("probes:dying", options)) as side:
+        with pytest.raises(workers.Failed, match="the process ended"):
+            side.repeat("die")
+
+
+def test_every_line_names_cases_of_its_rows_own_sides():
+    for row in ROWS.values():
+        for line in row.lines:
+            assert {name.split("/")[0] for name in (line.ours, *line.peers)} <= set(row.sides)
+
+
+def test_wrong_flags_are_refused():
+    for wrong in ({"rows": ("unet",)}, {"repetitions": 0}, {"threads": -1}):
+        with pytest.raises(ValueError, match="--rows are among"):
+            compare.main(compare.Config(**wrong))
+
+
+def test_the_recorded_table_is_made_from_its_record():
+    record = json.loads((RESULTS / "compare.json").read_text())
+    assert (RESULTS / "compare.md").read_text() == report.table(record)
