@@ -53,7 +53,9 @@ def optimal_assignment(cost: jax.Array) -> jax.Array:
             "jax.vmap."
         )
     largest = jnp.max(jnp.abs(cost), initial=0.0)  # scaled, so that no potential overflows
-    cost = jax.lax.stop_gradient(cost / jnp.where(largest > 0, largest, 1))
+    # In two steps: 1 / largest may be too small for float32.
+    factor = jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
+    cost = jax.lax.stop_gradient(cost * factor * factor)
     reduced = reduce_cost(cost)
     return jax.lax.platform_dependent(reduced, cpu=_solve_on_host, default=_solve_on_device)
 

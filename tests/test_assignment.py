@@ -115,3 +115,14 @@ def test_device_code_holds_no_callback():
     lowered = jax.jit(assignment.optimal_assignment).trace(jnp.zeros((4, 4)))
     assert "callback" not in lowered.lower(lowering_platforms=("tpu",)).as_text()
     assert "callback" in lowered.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20, 3e37])
+def test_costs_of_any_size(scale):
+    cost = jnp.array([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]]) * scale
+    np.testing.assert_array_equal(jax.jit(assignment.optimal_assignment)(cost), [1, 0, 2])
+
+
+def test_an_empty_matrix_is_refused():
+    with pytest.raises(ValueError, match="not empty"):
+        assignment.optimal_assignment(jnp.zeros((0, 0)))

@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
@@ -212,6 +213,31 @@ def test_an_infinite_loss_with_a_finite_gradient_is_left_out_too(tmp_path):
 
     state, _ = train_until_broken(tmp_path, broken, num_steps=5, max_skipped_steps=2)
     np.testing.assert_allclose(state.params["n"], -3e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "entry", "kept"), [(1.0, 1e3, True), (np.inf, 1e3, False), (1.0, 1e25, False)]
+)
+def test_a_bad_loss_or_a_norm_that_overflows_spoils_the_gradient(value, entry, kept):
+    """1e25 squared is no float32: Adam's second moment would stay infinite for good."""
+    gradient = {"w": jnp.full(3, entry)}
+    spoilt, _ = step._spoil().update(gradient, optax.EmptyState(), value=jnp.asarray(value))
+    expected = gradient["w"] if kept else np.full(3, np.nan)
+    np.testing.assert_array_equal(spoilt["w"], expected)
+
+
+def test_a_signal_during_the_last_save_still_ends_the_run(tmp_path, monkeypatch):
+    save = Run.save
+
+    def told(run, state, *, wait=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(run, state, wait=wait)
+
+    monkeypatch.setattr(Run, "save", told)
+    with pytest.raises(SystemExit) as end:
+        train_until_broken(tmp_path, lambda n: n, num_steps=1)
+    assert end.value.code == 143 and final_state(tmp_path)[0] == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_several_steps_per_dispatch_and_fewer_devices_go_on_alike(tmp_path):

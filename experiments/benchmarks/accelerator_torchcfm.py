@@ -18,23 +18,15 @@ def main(batch_size: int, repetitions: int) -> None:
     try:
         import torch
         from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
-        from torchcfm.models.unet.unet import UNetModelWrapper
+
+        from experiments.benchmarks.compare.torch_unet import network
     except ImportError as error:
         sys.exit(f"torchcfm is not timed: {error}")
     if not torch.cuda.is_available():
         sys.exit("torchcfm is not timed: torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    net = UNetModelWrapper(
-        dim=(3, 32, 32),
-        num_res_blocks=2,
-        num_channels=128,
-        channel_mult=[1, 2, 2, 2],
-        num_heads=4,
-        num_head_channels=64,
-        attention_resolutions="16",
-        dropout=0.1,
-    ).to("cuda", memory_format=torch.channels_last)
+    net = network().to("cuda", memory_format=torch.channels_last)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, fused=True)
     compiled, matcher = torch.compile(net), ConditionalFlowMatcher(sigma=0.0)
