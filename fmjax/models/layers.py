@@ -15,6 +15,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from fmjax.models import winograd
+
 
 class Dtypes(TypedDict):
     """The dtype of the computation and that of the parameters, as every Flax layer names them."""
@@ -138,6 +140,11 @@ def num_groups(channels: int) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
+conv3x3 = functools.partial(
+    nn.Conv, kernel_size=(3, 3), padding=1, conv_general_dilated=winograd.conv_general_dilated
+)
+
+
 def group_norm(channels: int, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.GroupNorm:
     """GroupNorm over `channels`, whose mean and variance are taken in at least float32."""
     return nn.GroupNorm(num_groups(channels), epsilon=1e-5, dtype=dtype, param_dtype=param_dtype)
@@ -164,7 +171,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
         dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(nn.Conv, self.channels, (3, 3), padding=1, **dtypes)
+        conv = functools.partial(conv3x3, self.channels, **dtypes)
         h = conv()(nn.silu(group_norm(x.shape[-1], **dtypes)(x)))
         norm = group_norm(self.channels, **dtypes)
         if self.scale_shift_norm:

@@ -126,7 +126,7 @@ class UNet(nn.Module):
             return attention(h) if h.shape[1] in self.attention_resolutions else h
 
         widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, **dtypes)
+        conv = functools.partial(layers.conv3x3, **dtypes)
         h = conv(widths[0])(x)
         skips = [h]
         for level, width in enumerate(widths):
