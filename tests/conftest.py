@@ -1,6 +1,20 @@
-"""Eight host devices and no silent rank promotion, before anything asks for a device."""
+"""Eight host devices, no silent rank promotion, and one cache of compiled programs for a run.
 
-import jax
+The cache is shared by the workers and by the processes that tests start, and goes when they have
+ended; what takes less than half a second to compile is not worth a file.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker inherits its parent's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fmjax-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

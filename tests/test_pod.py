@@ -84,12 +84,15 @@ def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
 
     # On: with other numbers of devices, the state whole or split otherwise.
     end = ("--num-steps", str(killed + 10), "--checkpoint-every", "100000")
-    shutil.copytree(folder, tmp_path / "one")
+    for name in ("one", "both"):
+        shutil.copytree(folder, tmp_path / name)
+    for process in start_pod(tmp_path / "both", *end):
+        finish(process, tmp_path / "both")
     ways = {"pod": (8, "--fsdp", "2"), "one": (1,), "untouched": (1,)}
     for name, (num_devices, *flags) in ways.items():
         finish(start(tmp_path / name, num_devices, *end, *flags), tmp_path / name)
     _, state = final_state(tmp_path / "untouched")
-    for name in ("pod", "one"):
+    for name in ("pod", "one", "both"):
         step, other = final_state(tmp_path / name)
         assert step == killed + 10
         # Sums over devices are taken in another order.
@@ -99,8 +102,10 @@ def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
         )
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    record = json.loads((tmp_path / "pod" / "config.json").read_text())
-    assert record["process_count"] == 1 and record["device_count"] == 8
+    for name, count in (("pod", 1), ("both", 2)):
+        record = json.loads((tmp_path / name / "config.json").read_text())
+        assert record["process_count"] == count and record["device_count"] == 8
+        assert (tmp_path / name / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

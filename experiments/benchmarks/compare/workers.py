@@ -2,9 +2,12 @@
 
 JAX and torch never share a process: each keeps a pool of threads, and one would disturb the other.
 A process's threads are bounded by the cores that it may run on, which both frameworks respect; it
-sets them before it imports either.
+sets them before it imports either. Its allocator keeps what is freed, as a training run's may with
+MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_: else gigabytes go back to the system after every
+step of a U-Net, and what they cost to get again depends on the other side and on the host.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import multiprocessing
@@ -115,6 +118,7 @@ class Side:
 def serve(pipe: Any, target: str, options: Options, environment: dict[str, str]) -> None:
     """The process's own loop: make the cases, warm them, answer until the pipe closes."""
     os.environ.update(environment)
+    _keep_memory()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     try:
@@ -136,3 +140,12 @@ def serve(pipe: Any, target: str, options: Options, environment: dict[str, str])
     except Exception as error:
         traceback.print_exc()
         pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _keep_memory() -> None:
+    """Has glibc neither map large blocks one by one nor give back what is freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # elsewhere than on Linux with glibc there is none
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, -1)  # never
+        mallopt(mmap_max, 0)
