@@ -117,7 +117,7 @@ def integrate_each(
       >>> x0 = jnp.array([[1.0, 2.0], [0.01, 0.02]])
       >>> solved = integrate_each(lambda t, x: -(x**2), x0)
       >>> solved.num_evaluations
-      Array([43, 19], dtype=int32)
+      Array([37, 13], dtype=int32)
     """
     x0 = as_floating("x0", x0)
     dtype = wider(x0.dtype, jnp.float32)
