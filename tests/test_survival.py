@@ -138,22 +138,29 @@ def resident(process):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps_per_dispatch", ["1", "10"])
 def test_memory_stays_constant_over_10000_steps(tmp_path, steps_per_dispatch):
-    """At no time after step 1,000 has it been 5 % below the end: nothing grows.
+    """Within 5 % of what it is after step 1,000, in a run that finds its programs compiled.
 
-    It may fall: the allocator gives back what compiling took, at a moment of its own.
+    What compiling takes the allocator gives back at a moment of its own.
     """
     folder, sizes = tmp_path / "soak", {}
     flags = ("--num-steps", "10000", "--checkpoint-every", "500", "--log-every", "10")
-    process = start(folder, *flags, "--steps-per-dispatch", steps_per_dispatch)
+    flags += ("--steps-per-dispatch", steps_per_dispatch)
+    process = start(folder, *flags)
+    wait_until(lambda: rows(folder), process, folder)
+    process.send_signal(signal.SIGTERM)
+    finish(process, folder, code=143)
+    process = start(folder, *flags)
     while process.poll() is None and max(sizes, default=0) < 9900:
         if (done := rows(folder)) and (size := resident(process)):
             sizes[done[-1]["step"]] = size
         time.sleep(0.1)
     finish(process, folder)
-    later = [size for step, size in sizes.items() if step >= 1000]
-    print(f"resident: {later[0]:.1f} MiB after step 1,000, at least {min(later):.1f}, "
-          f"{later[-1]:.1f} at step {max(sizes)}")  # fmt: skip
-    assert max(sizes) >= 9000 and later[-1] < 1.05 * min(later)
+    later = {step: size for step, size in sizes.items() if step >= 1000}
+    first, *_, last = later.values()
+    print(f"resident: {first:.1f} MiB at step {min(later)}, {last:.1f} at step {max(later)}, "
+          f"{min(later.values()):.1f} to {max(later.values()):.1f} between")  # fmt: skip
+    assert min(later) < 2000 and max(later) >= 9000
+    assert all(0.95 * first < size < 1.05 * first for size in later.values())
 
 
 def in_a_namespace(script):
