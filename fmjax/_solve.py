@@ -3,8 +3,7 @@
 How many evaluations a solve makes follows from its method: with s stages a step costs s calls, or
 s - 1 and one at the start where the first stage is the last of the step before (FSAL: Tsit5,
 Dopri5). A rejected step costs what an accepted one does. The first adaptive step that is tried is a
-tenth of the interval: choosing it costs nothing, and a smaller one costs a step more on the
-networks of the experiments.
+tenth of the interval: choosing it costs nothing, and a smaller one as a rule costs a step more.
 
 On its own Diffrax carries a state of NaNs to the end of a fixed grid; and an adaptive step into an
 infinite velocity makes the next step NaN, so that the solve stands still until `max_steps` are

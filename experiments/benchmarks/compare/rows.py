@@ -44,7 +44,7 @@ def _ode(function: str) -> dict[str, str]:
 
 def _solve(label: str, case: str, end: str, reach: float) -> Line:
     side, num = case.split("/")
-    label += ", at the peer's error" if end else ", 1e-5"
+    label += ", 2e-5 (error below the peer's)" if end else ", 1e-5"
     label += ", fmjax on one core" if side.endswith(" 1") else ""
     return Line(label, "ms", case + end, (f"torch/{num}", f"torch 1/{num}"), reach)
 

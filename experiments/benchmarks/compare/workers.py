@@ -2,14 +2,12 @@
 
 JAX and torch never share a process: each keeps a pool of threads, and one would disturb the other.
 A process's threads are bounded by the cores that it may run on, which both frameworks respect; it
-sets them before it imports either. Its allocator keeps what is freed, as a training run's may with
-MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_: else gigabytes go back to the system after every
-step of a U-Net, and what they cost to get again depends on the other side and on the host.
+sets them before it imports either. Its allocator keeps what is freed, on either side: else gigabytes
+go back to the system after every step of a U-Net.
 """
 
 import ctypes
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import pathlib
