@@ -2,8 +2,8 @@
 
 JAX and torch never share a process: each keeps a pool of threads, and one would disturb the other.
 A process's threads are bounded by the cores that it may run on, which both frameworks respect; it
-sets them before it imports either. Its allocator keeps what is freed, on either side: else gigabytes
-go back to the system after every step of a U-Net.
+sets them before it imports either. Its allocator keeps what is freed, on either side: else
+gigabytes go back to the system after every step of a U-Net.
 """
 
 import ctypes
