@@ -11,7 +11,7 @@ import pytest
 
 import fmjax as fm
 from experiments.benchmarks.compare import __main__ as compare
-from experiments.benchmarks.compare import points, reference, report, workers
+from experiments.benchmarks.compare import fm_mlp, points, reference, report, workers
 from experiments.benchmarks.compare.rows import ROWS, Line, Row
 
 RESULTS = pathlib.Path(__file__).parents[1] / "experiments/benchmarks/results"
@@ -98,7 +98,7 @@ def test_the_loops_own_work_is_set_against_the_step():
     rows = {"unet_training": {"seconds": {"fmjax/jit": [0.2, 0.2, 9.0]}}}
     assert report._host_share(rows) == []
     rows["input"] = {"seconds": {"fmjax/batch": [0.0, 0.001, 0.001]}}
-    assert "take 0.50% of" in report._host_share(rows)[0]
+    assert "take 0.005 of" in report._host_share(rows)[0]
 
 
 class FakeSide:
@@ -148,10 +148,43 @@ def test_a_process_answers_and_a_broken_one_says_why(tmp_path):
             side.repeat("die")
 
 
-def test_every_line_names_cases_of_its_rows_own_sides():
+def test_every_line_names_sides_of_its_own_row():
     for row in ROWS.values():
         for line in row.lines:
             assert {name.split("/")[0] for name in (line.ours, *line.peers)} <= set(row.sides)
+
+
+def test_selu_by_exp_is_selu_up_to_rounding():
+    x = jnp.concatenate([jnp.linspace(-20, 5, 1001), jnp.array([0.0, 1e-8, -1e-8, -1e4, 1e4])])
+    for order in range(3):
+        ours, theirs = fm_mlp.selu, jax.nn.selu
+        for _ in range(order):
+            ours, theirs = jax.grad(ours), jax.grad(theirs)
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=4e-7, rtol=1e-6)
+
+
+def test_with_the_examples_last_the_network_is_the_same():
+    last, first = fm_mlp.MLP(examples_last=True), fm_mlp.MLP()
+    x, t = points.normal(8), jnp.linspace(0, 1, 8)
+    params = jax.jit(last.init)(jax.random.key(0), t, x)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # biases too
+    np.testing.assert_allclose(last.apply(params, t, x), first.apply(params, t, x), rtol=1e-5)
+
+
+def test_steps_whose_numbers_are_drawn_at_once_are_the_single_ones():
+    state, step = fm_mlp.make_step(fm_mlp.MLP(examples_last=True))
+    key = jax.random.key(1)
+    single = jax.jit(lambda state, n: step(state, key, fm_mlp.draw(jax.random.fold_in(key, n))))
+    alone, losses = state, []
+    for n in range(4):
+        alone, metrics = single(alone, n)
+        losses.append(float(metrics.loss))
+    two = jax.jit(lambda state: fm_mlp.train(state, step, key, 2))
+    state, first = two(state)
+    _, second = two(state)  # its numbers are those of the third and fourth step
+    got = np.concatenate([first.loss, second.loss])
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    assert len(set(losses)) == 4
 
 
 def test_wrong_flags_are_refused():

@@ -177,6 +177,7 @@ def test_the_bound_is_that_of_a_direct_solve(folders, evaluated):
     )
 
 
+@pytest.mark.long
 def test_a_second_run_gives_the_same_numbers(folders, evaluated):
     _, result = evaluated
     run = shutil.copytree(folders / "digits", folders / "another")

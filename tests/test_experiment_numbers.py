@@ -99,11 +99,12 @@ def test_the_log_likelihood_is_that_of_the_ema_on_held_out_points(tmp_path):
     )  # fmt: skip
     two_moons.main(moons)
     model, tx = models.MLP(features=(16,)), training.adam(1.0)
-    params = model.init(KEY, jnp.zeros(()), jnp.zeros((1, 2)))
+    params = jax.jit(model.init)(KEY, jnp.zeros(()), jnp.zeros((1, 2)))
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
         state = checkpoints.restore(manager, training.init_train_state(params, tx))
     held_out = two_moons.moons(200, 0.05, seed=1)
-    log_p = fm.log_prob(functools.partial(model.apply, state.ema_params), jnp.asarray(held_out))
+    velocity = functools.partial(model.apply, state.ema_params)
+    log_p = jax.jit(functools.partial(fm.log_prob, velocity))(jnp.asarray(held_out))
     summary = json.loads((tmp_path / "summary.json").read_text())
     np.testing.assert_allclose(summary["log_likelihood"], log_p.mean(), rtol=1e-4)
     train = two_moons.moons(50_000, 0.05, seed=0)
@@ -133,8 +134,13 @@ def test_bfloat16_and_remat_leave_parameters_gradients_and_loss_float32():
     model = models.UNet(channels=16, channel_multipliers=(1,), num_res_blocks=1, dropout=0.1)
     images = load(config(), "train[:8]").images
     drawn = make_draw(config(), 17)(KEY, images)
-    params = model.init(KEY, jnp.zeros(()), jnp.zeros((1, 8, 8, 1)))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params)
+
+    @jax.jit
+    def init(key):
+        params = model.init(key, jnp.zeros(()), jnp.zeros((1, 8, 8, 1)))
+        return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(key, x.shape), params)
+
+    params = init(KEY)
 
     def measure(model):
         return jax.jit(jax.value_and_grad(make_loss(model)))(params, KEY, drawn)

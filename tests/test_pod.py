@@ -14,10 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cluster, trained
+from experiments import cluster, trained, two_moons
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 48 --eval-examples 64"
+SETTINGS = dict(batch_size=64, log_every=1, num_samples=48, eval_examples=64)  # the same
+SETTINGS |= {"model": two_moons.MLPConfig(features=(64, 64))}
 SECONDS = 240  # far more than it takes: a pod that hangs must not hang the tests
 
 
@@ -88,9 +90,10 @@ def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
         shutil.copytree(folder, tmp_path / name)
     for process in start_pod(tmp_path / "both", *end):
         finish(process, tmp_path / "both")
-    ways = {"pod": (8, "--fsdp", "2"), "one": (1,), "untouched": (1,)}
-    for name, (num_devices, *flags) in ways.items():
-        finish(start(tmp_path / name, num_devices, *end, *flags), tmp_path / name)
+    finish(start(tmp_path / "one", 1, *end), tmp_path / "one")  # where there is but one device
+    for name, way in {"pod": {"fsdp": 2}, "untouched": {"num_devices": 1}}.items():
+        steps = dict(num_steps=killed + 10, checkpoint_every=100_000)
+        two_moons.main(two_moons.Config(workdir=tmp_path / name, **SETTINGS, **steps, **way))
     _, state = final_state(tmp_path / "untouched")
     for name in ("pod", "one", "both"):
         step, other = final_state(tmp_path / name)

@@ -65,7 +65,8 @@ def run_row(row: Row, options: Options, repetitions: int) -> dict[str, Any]:
     try:
         for name, target in row.sides.items():
             try:
-                sides[name] = Side(target, options._replace(threads=_threads(name, options)))
+                told = options._replace(threads=_threads(name, options), side=name)
+                sides[name] = Side(target, told)
             except Failed as error:
                 errors[name] = str(error)
         seconds = _interleave(row, sides, errors, repetitions)

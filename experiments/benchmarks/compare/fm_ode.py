@@ -5,6 +5,7 @@ divergence is discontinuous and an adaptive solver of either library takes fifty
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ import fmjax as fm
 from experiments.benchmarks.compare import fm_mlp, points
 from experiments.benchmarks.compare.rows import EQUAL
 from experiments.benchmarks.compare.workers import Case, Options, timed
-from fmjax import data, models, training
+from fmjax import data, models, sharding, training
 
 TRAINING_STEPS = 2000
+LAYER_NAMES = [f"Dense_{n}" for n in range(len(points.LAYERS) - 1)]
 EQUAL_TOLERANCE = 2e-5  # at which the log-density's error is still below the peer's at 1e-5
 
 
@@ -29,22 +31,22 @@ def weights(options: Options) -> Any:
         state, step = fm_mlp.make_step(fm_mlp.MLP(jax.nn.silu))
         train = functools.partial(fm_mlp.train, step=step, key=jax.random.key(1))
         params = jax.jit(lambda state: train(state, num=TRAINING_STEPS)[0].ema_params)(state)
-        layers = [params["params"][f"Dense_{i}"] for i in range(len(points.LAYERS) - 1)]
+        layers = [params["params"][name] for name in LAYER_NAMES]
         arrays = [(np.asarray(layer["kernel"]), np.asarray(layer["bias"])) for layer in layers]
         points.write_weights(options.folder, arrays)
-    named = enumerate(points.read_weights(options.folder))
-    return {"params": {f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in named}}
+    named = zip(LAYER_NAMES, points.read_weights(options.folder), strict=True)
+    return {"params": {name: {"kernel": w, "bias": b} for name, (w, b) in named}}
 
 
-def sampling(options: Options) -> dict[str, Case]:
+def sampling(options: Options, sizes: tuple[int, ...] = (1024, 16)) -> dict[str, Case]:
     velocity = functools.partial(fm_mlp.MLP(jax.nn.silu).apply, weights(options))
 
     def case(num: int) -> Case:
         solve = jax.jit(lambda x0: fm.integrate(velocity, x0))
-        name = options.folder / f"sampling_{num}_fmjax.npy"
+        name = options.folder / f"sampling_{num}_{options.side}.npy"
         return _case(solve, points.normal(num), 10 if num > 100 else 100, name)
 
-    return {str(num): case(num) for num in (1024, 16)}
+    return {str(num): case(num) for num in sizes}
 
 
 def log_density(options: Options) -> dict[str, Case]:
@@ -57,8 +59,19 @@ def log_density(options: Options) -> dict[str, Case]:
         )
         return _case(solve, points.moons(1024), 5, options.folder / f"log_density_1024_{side}.npy")
 
-    looser = case(EQUAL_TOLERANCE, f"fmjax at {EQUAL_TOLERANCE:g}")
-    return {"1024": case(1e-5, "fmjax"), f"1024{EQUAL}": looser}
+    looser = case(EQUAL_TOLERANCE, f"{options.side} at {EQUAL_TOLERANCE:g}")
+    return {"1024": case(1e-5, options.side), f"1024{EQUAL}": looser}
+
+
+def sampling_over_devices(options: Options) -> dict[str, Case]:
+    """The points split over as many devices as cores: XLA divides these small products badly."""
+    jax.config.update("jax_num_cpu_devices", math.gcd(options.threads, 1024))
+    return sampling(options, sizes=(1024,))
+
+
+def log_density_over_devices(options: Options) -> dict[str, Case]:
+    jax.config.update("jax_num_cpu_devices", math.gcd(options.threads, 1024))
+    return log_density(options)
 
 
 def image_log_density(options: Options) -> dict[str, Case]:
@@ -87,7 +100,7 @@ def image_log_density(options: Options) -> dict[str, Case]:
 
 def _case(solve: Callable[[jax.Array], Any], x: np.ndarray, num: int, result: Any = None) -> Case:
     """`num` solves of `x`, one after another; the result is left for the peer's to stand beside."""
-    start = jnp.asarray(x)
+    start = sharding.shard_batch(x, sharding.make_mesh())
 
     def run() -> None:
         for _ in range(num):

@@ -9,7 +9,7 @@ import numpy as np
 
 import fmjax as fm
 from experiments.benchmarks.compare.points import BATCH
-from experiments.benchmarks.compare.workers import Case, Options, timed
+from experiments.benchmarks.compare.workers import Case, Options, share_arena, timed
 from fmjax import models, training
 
 SHAPE = (BATCH, 32, 32, 3)
@@ -42,6 +42,7 @@ def make_step(model: models.UNet) -> tuple[Any, Any]:
 
 def training_cases(options: Options) -> dict[str, Case]:
     del options
+    share_arena()
     model, x1, key = models.cifar10_unet(), batch(), jax.random.key(1)
     params = init(model)
     tx, step = make_step(model)
@@ -57,6 +58,7 @@ def training_cases(options: Options) -> dict[str, Case]:
 
 def forward_cases(options: Options) -> dict[str, Case]:
     del options
+    share_arena()
     model, x, t = models.cifar10_unet(), batch(), jnp.full(BATCH, 0.5)
     params = init(model)
     apply = jax.jit(model.apply)

@@ -159,7 +159,7 @@ def _host_share(rows: dict[str, Any]) -> list[str]:
     step, host = (
         statistics.median(s[n]) for s, n in zip(seconds, ("fmjax/jit", "fmjax/batch"), strict=True)
     )
-    return [f"- input: the batches of the training loop take {host / step:.2%} of the U-Net's step"]
+    return [f"- input: the batches of the training loop take {host / step:.2g} of the U-Net's step"]
 
 
 def _conditions(record: dict[str, Any]) -> list[str]:

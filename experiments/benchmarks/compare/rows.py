@@ -34,7 +34,8 @@ _ALL = ("torch/contiguous", "torch/channels_last")
 _LOOPS = ("torch/loop", "torch 1/loop")
 _MLP = "2-D MLP (3 x 64), batch 256"
 _ODE = {"fmjax": "fm_ode:{}", "fmjax 1": "fm_ode:{}", "torch": "torch_ode:{}"}
-_ODE |= {"torch 1": "torch_ode:{}"}
+_ODE |= {"fmjax devices": "fm_ode:{}_over_devices", "torch 1": "torch_ode:{}"}
+_PLACES = {"fmjax": "", "fmjax 1": ", fmjax on one core", "fmjax devices": ", a device per core"}
 EQUAL = " equal error"  # ends the name of a case at a looser tolerance
 
 
@@ -45,7 +46,7 @@ def _ode(function: str) -> dict[str, str]:
 def _solve(label: str, case: str, end: str, reach: float) -> Line:
     side, num = case.split("/")
     label += ", 2e-5 (error below the peer's)" if end else ", 1e-5"
-    label += ", fmjax on one core" if side.endswith(" 1") else ""
+    label += _PLACES[side]
     return Line(label, "ms", case + end, (f"torch/{num}", f"torch 1/{num}"), reach)
 
 
@@ -86,8 +87,8 @@ ROWS: dict[str, Row] = {
         _ode("sampling"),
         tuple(
             _solve(f"adaptive sampling of {n} 2-D points", f"{side}/{n}", "", r)
-            for n, r in ((1024, 1.5), (16, 5.0))
-            for side in ("fmjax", "fmjax 1")
+            for n, r, sides in ((1024, 1.5, list(_PLACES)), (16, 5.0, ["fmjax", "fmjax 1"]))
+            for side in sides
         ),
     ),
     "log_density": Row(
@@ -97,7 +98,7 @@ ROWS: dict[str, Row] = {
         tuple(
             _solve("exact log-density of 1024 2-D points", f"{side}/1024", end, 5.0)
             for end in ("", EQUAL)
-            for side in ("fmjax", "fmjax 1")
+            for side in _PLACES
         ),
     ),
     "image_log_density": Row(

@@ -43,7 +43,7 @@ def sampling(options: Options) -> dict[str, Case]:
         return odeint(field, x0, times, rtol=TOLERANCE, atol=TOLERANCE, method="dopri5")[-1]
 
     def case(num: int) -> Case:
-        result = options.folder / f"sampling_{num}_torch.npy"
+        result = options.folder / f"sampling_{num}_{options.side}.npy"
         return _case(solve, velocity, points.normal(num), 4 if num > 100 else 10, result)
 
     return {str(num): case(num) for num in (1024, 16)}
@@ -52,7 +52,7 @@ def sampling(options: Options) -> dict[str, Case]:
 def log_density(options: Options) -> dict[str, Case]:
     torch.set_num_threads(options.threads)
     velocity = Velocity(options)
-    result = options.folder / "log_density_1024_torch.npy"
+    result = options.folder / f"log_density_1024_{options.side}.npy"
     return {"1024": _case(_likelihood(velocity), velocity, points.moons(1024), 1, result)}
 
 

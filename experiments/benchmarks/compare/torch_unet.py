@@ -11,7 +11,7 @@ from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 from torchcfm.models.unet.unet import UNetModelWrapper
 
 from experiments.benchmarks.compare.points import BATCH
-from experiments.benchmarks.compare.workers import Case, Options, timed
+from experiments.benchmarks.compare.workers import Case, Options, share_arena, timed
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -35,6 +35,7 @@ def batch(layout: torch.memory_format) -> torch.Tensor:
 
 
 def training(options: Options) -> dict[str, Case]:
+    share_arena()
     torch.set_num_threads(options.threads)
     return {name: _training(layout) for name, layout in LAYOUTS.items()}
 
@@ -62,6 +63,7 @@ def _training(layout: torch.memory_format) -> Case:
 
 
 def forward(options: Options) -> dict[str, Case]:
+    share_arena()
     torch.set_num_threads(options.threads)
     return {name: _forward(layout) for name, layout in LAYOUTS.items()}
 

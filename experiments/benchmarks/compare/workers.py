@@ -3,7 +3,7 @@
 JAX and torch never share a process: each keeps a pool of threads, and one would disturb the other.
 A process's threads are bounded by the cores that it may run on, which both frameworks respect; it
 sets them before it imports either. Its allocator keeps what is freed, on either side: else
-gigabytes go back to the system after every step of a U-Net.
+gigabytes go back to the system in every step of a U-Net, and come back page by page.
 """
 
 import ctypes
@@ -23,10 +23,12 @@ class Options(NamedTuple):
     Attributes:
       threads: how many threads the process may use.
       folder: where the sides of a row leave weights and results for one another.
+      side: its name in the row.
     """
 
     threads: int
     folder: pathlib.Path
+    side: str = ""
 
 
 class Case(NamedTuple):
@@ -142,8 +144,22 @@ def serve(pipe: Any, target: str, options: Options, environment: dict[str, str])
 
 def _keep_memory() -> None:
     """Has glibc neither map large blocks one by one nor give back what is freed."""
+    trim_threshold, mmap_max = -1, -4
+    _mallopt(trim_threshold, -1)  # never
+    _mallopt(mmap_max, 0)
+
+
+def share_arena() -> None:
+    """Has all threads allocate from one place: for large arrays, before any thread is started.
+
+    What doesn't fit into a thread's own arena is mapped and given back, whatever `_keep_memory`
+    said. Small arrays are slower so: the threads wait for one another.
+    """
+    arena_max = -8
+    _mallopt(arena_max, 1)
+
+
+def _mallopt(name: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # elsewhere than on Linux with glibc there is none
-        trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, -1)  # never
-        mallopt(mmap_max, 0)
+        mallopt(name, value)
