@@ -196,3 +196,11 @@ def test_wrong_flags_are_refused():
 def test_the_recorded_table_is_made_from_its_record():
     record = json.loads((RESULTS / "compare.json").read_text())
     assert (RESULTS / "compare.md").read_text() == report.table(record)
+
+
+def test_the_looser_tolerance_is_recorded_with_an_error_below_the_peers():
+    facts = json.loads((RESULTS / "compare.json").read_text())["rows"]["log_density"]["facts"]
+    ours = [fact for name, fact in facts.items() if "at 2e-05" in name]
+    assert len(ours) == 3  # as the lines' labels say of all three places
+    for kind in ("rms", "largest"):
+        assert max(fact[kind] for fact in ours) < facts["torch/1024 error"][kind]
