@@ -2,7 +2,8 @@
 
 A store is a folder named after its settings, so that numbers made under other settings are never
 taken for these. Each batch is one file, written whole or not at all; a batch whose file is there is
-read, not computed. Every computation leaves a line in `computed.jsonl` beside the stores.
+read, not computed. Every computation leaves a line in `computed.jsonl` beside the stores; a kill
+between the two loses the line, never the batch.
 """
 
 import hashlib

@@ -22,12 +22,9 @@ from PIL import Image
 import fmjax as fm
 from experiments import (
     classifier,
-    curve,
     digits,
-    drawing,
     evaluate,
     judging,
-    quality,
     report,
     step,
     store,
@@ -37,8 +34,6 @@ from experiments import (
 from experiments.images import UNetConfig
 from experiments.run import Run
 from fmjax import pixels
-from fmjax.metrics import Estimate
-from fmjax.metrics.encoders import Encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -198,23 +193,6 @@ def test_nothing_is_computed_twice(folders, evaluated):
     )
 
 
-def test_another_number_of_samples_takes_no_stale_features(tmp_path):
-    """The last batch of 100 = 40 + 40 + 20 is a short one; it is filled up for the encoder."""
-    images = np.random.default_rng(0).integers(17, size=(120, 8, 8, 1), dtype=np.uint8)
-    sizes = set()
-
-    def features(images):
-        sizes.add(len(images))
-        return images.reshape(len(images), -1)[:, :3].astype(np.float32)
-
-    judge = judging.Judge(Encoder("e", "d", features, None, 3), None, 4, False, {})  # pyright: ignore
-    encoded = store.Store(tmp_path, "features", {})
-    for num in (95, 100, 90, 120, 95):
-        got = quality.encode_samples(judge, encoded, "seed_0", images[:num], 40)
-        np.testing.assert_array_equal(got, images[:num].reshape(num, -1)[:, :3])
-    assert sizes == {40}
-
-
 def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
     _, result = evaluated
     run = shutil.copytree(folders / "digits", folders / "killed")
@@ -277,51 +255,6 @@ def test_last_parameters_are_others_than_the_average(folders):
     assert keys[0] != keys[1]  # no stored batch of one is taken for the other's
     other = dataclasses.replace(settings, batch_size=80)  # a batch shares its adaptive step
     assert evaluate.protocol.identity(average, other) != keys[0]
-
-
-def test_ways():
-    points = drawing.ways((4, 8, 200), (1e-3,))
-    steps = {(way.solver, way.num_steps) for way in points if way.num_steps}
-    assert {("Euler", 200), ("Heun", 2), ("Midpoint", 100), ("Tsit5", 33), ("Dopri5", 1)} <= steps
-    assert [way.solver for way in points if way.tolerance] == list(drawing.ADAPTIVE)
-    rows = curve.over_seeds([1.0, 3.0])
-    assert rows["mean"] == 2.0 and rows["standard_deviation_over_seeds"] == pytest.approx(2**0.5)
-    assert curve.over_seeds([1.0])["standard_deviation_over_seeds"] is None
-
-
-def test_the_curve_of_another_seed_is_another(tmp_path):
-    """In one store: equal seeds read what is there, another seed's noise is not taken for it."""
-    model = trained.Trained("known", None, 0, {}, lambda params: lambda t, x: -x, "", True)  # pyright: ignore
-    points = drawing.ways((4,), (0.1,))
-
-    def measure(seed):
-        return curve.measure(
-            model, store.Store(tmp_path, "curve", {}), (8, 2), 12, points,
-            lambda x1: Estimate(float(x1.mean()), 0.0), seed=seed, tight=1e-4,
-        )  # fmt: skip
-
-    first, second = measure(0), measure(1)
-    assert all(a["quality"] != b["quality"] for a, b in zip(first, second, strict=True))
-    computed = store.num_computed(tmp_path)
-    assert measure(0) == first and store.num_computed(tmp_path) == computed == 2 * 2 * len(first)
-
-
-def test_store(tmp_path):
-    batches = store.Store(tmp_path, "samples", {"seed": 0})
-    first = batches.get("a", lambda: {"x": np.arange(3)})
-    second = batches.get("a", lambda: pytest.fail("computed twice"))
-    np.testing.assert_array_equal(first["x"], second["x"])
-    assert first["seconds"] == second["seconds"] and store.num_computed(tmp_path) == 1
-    other = store.Store(tmp_path, "samples", {"seed": 1}).get("a", lambda: {"x": np.zeros(1)})
-    assert other["x"] == 0 and store.num_computed(tmp_path) == 2
-    path = batches.folder / "a.npz"
-    for damage in (path.read_bytes()[:-40], b"", b"no zip"):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match="a.npz, which can't be read"):
-            batches.get("a", lambda: pytest.fail("computed over a damaged file"))
-    np.savez(path, x=np.array([{"an": "object"}], dtype=object))  # it would need a pickle
-    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
-        batches.get("a", dict)
 
 
 def test_errors(folders, tmp_path):
