@@ -36,9 +36,11 @@ ARROWS = {
     "_lanes": {"_solve"},
     "lanes": {"_lanes", "_solve", "divergences", "likelihood", "types"},
     "models": {"models.mlp", "models.unet"},
+    "models.attention": {"models.layers"},
     "models.layers": {"models.winograd"},
     "models.mlp": {"models.layers", "types"},
-    "models.unet": {"models.layers", "types"},
+    "models.resample": {"models.winograd"},
+    "models.unet": {"models.attention", "models.layers", "models.resample", "types"},
     "models.winograd": set(),
     "metrics": {"metrics.estimate", "metrics.frechet", "metrics.kernel", "metrics.scores"}
     | {"metrics.transport"},

@@ -187,36 +187,6 @@ class ResBlock(nn.Module):
         return x + h
 
 
-class Attention(nn.Module):
-    """Self-attention over an image's pixels, added to its input. The identity at first.
-
-    The XLA implementation, because cuDNN's has no forward-mode derivative and an exact divergence
-    needs one.
-
-    Attributes:
-      num_heads: into how many heads the channels are divided.
-      dtype: of the computation; the softmax is taken in float32, under float64 too.
-      param_dtype: of the parameters.
-    """
-
-    num_heads: int
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        batch, height, width, channels = x.shape
-        h = group_norm(channels, **dtypes)(x).reshape(batch, height * width, channels)
-        q, k, v = (
-            a.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
-            for a in jnp.split(nn.Dense(3 * channels, **dtypes)(h), 3, axis=-1)
-        )
-        h = jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(h.shape)
-        h = nn.Dense(channels, kernel_init=nn.initializers.zeros, **dtypes)(h)
-        return x + h.reshape(x.shape)
-
-
 class Output(nn.Module):
     """Normalisation, SiLU and a 3x3 convolution to the image's channels. Zero at first.
 
@@ -241,17 +211,3 @@ class Output(nn.Module):
         zeros = nn.initializers.zeros
         h = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=zeros, **dtypes)(h)
         return h.astype(image_dtype)
-
-
-def average_pool(x: jax.Array) -> jax.Array:
-    """Halves height and width by averaging 2x2 pixels, in at least float32."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.mean(axis=(2, 4))
-
-
-def nearest_upsample(x: jax.Array) -> jax.Array:
-    """Doubles height and width by repeating every pixel 2x2."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)

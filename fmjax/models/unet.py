@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fmjax.models import layers
+from fmjax.models import layers, resample
+from fmjax.models.attention import Attention
 from fmjax.types import broadcast_time
 
 
@@ -46,8 +47,8 @@ class UNet(nn.Module):
       remat: the backward pass computes the activations inside every residual block and attention
         again instead of keeping them: less memory for about a third more work.
       dtype: of the computation; None means the wider of x's and the parameters'. Statistics of
-        normalisations are taken in at least float32, softmaxes in float32, the output layer in at
-        least the dtype of x.
+        normalisations and softmaxes are taken in at least float32, the output layer in at least the
+        dtype of x.
       param_dtype: of the parameters.
 
     Example:
@@ -107,9 +108,9 @@ class UNet(nn.Module):
         # Flax would name a block under remat otherwise, and its parameters with it.
         block_names = (f"ResBlock_{n}" for n in itertools.count())
         attention_names = (f"Attention_{n}" for n in itertools.count())
-        ResBlock, Attention = layers.ResBlock, layers.Attention
+        ResBlock, SelfAttention = layers.ResBlock, Attention
         if self.remat:
-            ResBlock, Attention = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
+            ResBlock, SelfAttention = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
         def res_block(h, width):
             block = ResBlock(
@@ -119,7 +120,7 @@ class UNet(nn.Module):
 
         def attention(h):
             heads = self._num_heads(h.shape[-1])
-            return Attention(heads, name=next(attention_names), **dtypes)(h)
+            return SelfAttention(heads, name=next(attention_names), **dtypes)(h)
 
         def block(h, width):
             h = res_block(h, width)
@@ -131,7 +132,7 @@ class UNet(nn.Module):
         skips = [h]
         for level, width in enumerate(widths):
             if level > 0:
-                down = conv(h.shape[-1], strides=2) if self.conv_resample else layers.average_pool
+                down = conv(h.shape[-1], strides=2) if self.conv_resample else resample.average_pool
                 h = down(h)
                 skips.append(h)
             for _ in range(self.num_res_blocks):
@@ -142,8 +143,10 @@ class UNet(nn.Module):
             for _ in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), width)
             if level > 0:
-                h = layers.nearest_upsample(h)
-                h = conv(width)(h) if self.conv_resample else h
+                upsampled_conv = conv(
+                    width, conv_general_dilated=resample.upsampled_conv_general_dilated
+                )
+                h = upsampled_conv(h) if self.conv_resample else resample.nearest_upsample(h)
         return layers.Output(x.shape[-1], **dtypes)(h, x.dtype)
 
     def _num_heads(self, channels: int) -> int:

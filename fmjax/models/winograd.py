@@ -59,9 +59,16 @@ def conv_general_dilated(
 
     Source: Lavin and Gray (2015), arXiv 1509.09308.
     """
+    if not fits(lhs, rhs, window_strides, padding, **kwargs):
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+    return conv3x3(lhs, rhs, kwargs.get("precision"))
+
+
+def fits(lhs: Any, rhs: Any, window_strides: Sequence[int], padding: Any, **kwargs: Any) -> bool:
+    """Whether `conv_general_dilated` takes Winograd's method. Of lhs, shape and dtype are read."""
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
     dilations = [*kwargs.get("lhs_dilation", ()), *kwargs.get("rhs_dilation", ())]
-    fits = (
+    return (
         # Several devices share a batch by cutting it, and so does this: images would travel.
         (jax.default_backend(), jax.device_count()) == ("cpu", 1)
         and lhs.ndim == 4
@@ -80,9 +87,6 @@ def conv_general_dilated(
         and kwargs.get("preferred_element_type") is None
         and kwargs.get("batch_group_count", 1) == 1
     )
-    if not fits:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-    return conv3x3(lhs, rhs, kwargs.get("precision"))
 
 
 def conv3x3(x: jax.Array, w: jax.Array, precision: Any = None) -> jax.Array:
@@ -156,8 +160,8 @@ def _tiles(x: jax.Array) -> list[jax.Array]:
     return [tile for row in columns for tile in _input_transform(row)]
 
 
-def _in_parts(f: Callable[..., jax.Array], *images: jax.Array) -> jax.Array:
-    """f of a few images at a time: what it gives, stacked."""
+def _in_parts(f: Callable[..., Any], *images: jax.Array) -> Any:
+    """f of a few images at a time: what it gives, array by array, stacked."""
     batch, height, width, _ = images[0].shape
     most = max(1, 4 * _TILES_AT_A_TIME // (height * width))
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
@@ -179,11 +183,11 @@ def _winograd_conv(x: jax.Array, w: jax.Array, *, transpose: bool, precision: An
         m = [lax.dot_general(v, u, numbers, precision) for v, u in tiles]
         columns = [_output_transform(m[4 * i : 4 * i + 4]) for i in range(4)]
         y = [_output_transform([column[b] for column in columns]) for b in range(2)]
-        y = jnp.stack([jnp.stack([y[0][a], y[1][a]], axis=3) for a in range(2)], axis=2)
-        return y.reshape(-1, height, width, y.shape[-1])
+        return [[y[b][a] for b in range(2)] for a in range(2)]
 
-    y = _in_parts(conv, x)
-    return y.reshape(x.shape[:3] + y.shape[-1:])
+    # The four are interleaved after the loop, whose own writing is done by one thread.
+    y = jnp.stack([jnp.stack(row, axis=4) for row in _in_parts(conv, x)], axis=3)
+    return y.reshape(*x.shape[:3], y.shape[-1])
 
 
 def _winograd_filter_gradient(x: jax.Array, dy: jax.Array, *, precision: Any) -> jax.Array:
