@@ -178,7 +178,7 @@ def _winograd_conv(x: jax.Array, w: jax.Array, *, transpose: bool, precision: An
     filters = [u for row in filters for u in row]
     numbers = (((3,), (1 if transpose else 0,)), ((), ()))
 
-    def conv(x: jax.Array) -> jax.Array:
+    def conv(x: jax.Array) -> list[list[jax.Array]]:
         tiles = zip(_tiles(x), filters, strict=True)
         m = [lax.dot_general(v, u, numbers, precision) for v, u in tiles]
         columns = [_output_transform(m[4 * i : 4 * i + 4]) for i in range(4)]
