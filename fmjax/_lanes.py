@@ -12,16 +12,14 @@ Diffrax would evaluate the first stage of a step in all lanes as soon as one lan
 first step. The first stages of all rows are therefore evaluated ahead of the loop, W at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ._solve import FIRST_STEP, StopWhenStalled, failure_index, failures
+from ._solve import FIRST_STEP, Watched
 
 
 class _Lane(NamedTuple):
@@ -34,7 +32,7 @@ class _Lane(NamedTuple):
       t_next: where the next step ends.
       y: the state at t.
       solver_state: Diffrax's.
-      controller_state: Diffrax's.
+      watch: the state of `_solve.Watched`.
       num_steps: steps tried so far.
     """
 
@@ -44,7 +42,7 @@ class _Lane(NamedTuple):
     t_next: jax.Array
     y: Any
     solver_state: Any
-    controller_state: Any
+    watch: Any
     num_steps: jax.Array
 
 
@@ -54,7 +52,29 @@ class _Method(NamedTuple):
     first_stage: Callable[[jax.Array, Any], Any]
     enter: Callable[[jax.Array, jax.Array, Any, Any], _Lane]
     step: Callable[[_Lane], tuple[_Lane, jax.Array]]
+    direction: jax.Array
     end: jax.Array
+
+
+class Solved(NamedTuple):
+    """What became of every example.
+
+    Attributes:
+      y: `[batch, ...]`: start states of the rows that wait, end states of those that are through,
+        NaN for those that failed.
+      reached: the time of each one's last accepted state, `[batch]`.
+      failed: `[batch]`.
+      ran_out: whether it failed for want of steps, `[batch]`.
+      num_evaluations: of each one, `[batch]`, int32.
+      num_calls: calls of the vector field, each of them on all lanes at once, `[]`, int32.
+    """
+
+    y: Any
+    reached: jax.Array
+    failed: jax.Array
+    ran_out: jax.Array
+    num_evaluations: jax.Array
+    num_calls: jax.Array
 
 
 class _Loop(NamedTuple):
@@ -62,19 +82,13 @@ class _Loop(NamedTuple):
 
     Attributes:
       lanes: `[num_lanes, ...]`.
-      y: `[batch, ...]`: start states of the rows that wait, end states of those that are through.
-      num_steps: `[batch]`.
+      solved: of the batch.
       next_slot: the head of the queue.
-      num_turns: turns made.
-      failed: `[num_lanes]`.
     """
 
     lanes: _Lane
-    y: Any
-    num_steps: jax.Array
+    solved: Solved
     next_slot: jax.Array
-    num_turns: jax.Array
-    failed: jax.Array
 
 
 def solve_each(
@@ -82,22 +96,23 @@ def solve_each(
     y0: Any,
     rows: jax.Array,
     *,
-    t0: float,
-    t1: float,
+    t0: Any,
+    t1: Any,
     solver: diffrax.AbstractSolver,
-    stepsize_controller: diffrax.AbstractStepSizeController,
+    controller: Watched,
     max_steps: int,
     num_lanes: int,
-    reuses_last_stage: bool,
-) -> tuple[Any, jax.Array, jax.Array]:
-    """y at `t1`, steps of every example `[batch]`, turns `[]`, for `vector_field(row, t, y)`.
+    stops: bool,
+) -> Solved:
+    """y at `t1` and the cost, for `vector_field(row, t, y)`.
 
     `y0` is a pytree of `[batch, ...]`; the vector field sees one example, without the batch axis.
+    With `stops` the first failure ends the loop, else the lane goes on with the next example.
     """
-    method = _method(vector_field, solver, stepsize_controller, y0, t0, t1, reuses_last_stage)
-    batch = rows.shape[0]
+    batch, reuses_last = rows.shape[0], int(controller.reuses_last)
+    method = _method(vector_field, solver, controller, y0, t0, t1)
     first_stages = None
-    if reuses_last_stage:
+    if reuses_last:
         first_stages = _in_turns(method.first_stage, rows, y0, num_lanes)
 
     def enter(slot: jax.Array, y: Any) -> _Lane:
@@ -105,59 +120,61 @@ def solve_each(
         return jax.vmap(method.enter)(slot, *_rows_at(at, (rows, y, first_stages)))
 
     def goes_on(loop: _Loop) -> jax.Array:
-        return (loop.lanes.slot < batch).any() & ~loop.failed.any()
+        return (loop.lanes.slot < batch).any() & ~(loop.solved.failed.any() & stops)
 
     def turn(loop: _Loop) -> _Loop:
         active = loop.lanes.slot < batch
+        # Diffrax evaluates the first stage in all lanes where one lane is due to.
+        due = loop.lanes.watch.first_stage_due.any()
+        num_calls = loop.solved.num_calls + controller.per_step - jnp.where(due, 0, reuses_last)
         moved, ok = jax.vmap(method.step)(loop.lanes)
         lanes = _where(active, moved, loop.lanes)
         arrived = active & (lanes.t >= method.end)
         ran_out = (lanes.num_steps >= max_steps) & ~arrived
         failed = active & (~ok | ran_out)
-
-        # A slot beyond the batch is dropped.
-        to = jnp.where(arrived, lanes.slot, batch)
-        y, num_steps = jax.tree.map(
-            lambda whole, part: whole.at[to].set(part, mode="drop"),
-            (loop.y, loop.num_steps),
-            (lanes.y, lanes.num_steps),
+        y = jax.tree.map(
+            lambda leaf: jax.vmap(lambda bad, row: jnp.where(bad, jnp.nan, row))(failed, leaf),
+            lanes.y,
         )
-        slot = jnp.minimum(loop.next_slot + jnp.cumsum(arrived, dtype=jnp.int32) - 1, batch)
-        lanes = _where(arrived & (slot < batch), enter(slot, y), lanes)
-        lanes = lanes._replace(slot=jnp.where(arrived, slot, lanes.slot))
-        next_slot = loop.next_slot + arrived.sum(dtype=jnp.int32)
-        return _Loop(lanes, y, num_steps, next_slot, loop.num_turns + 1, failed)
+        # A slot beyond the batch is dropped.
+        through = arrived | failed
+        to = jnp.where(through, lanes.slot, batch)
+        part = (y, method.direction * lanes.t, failed, ran_out, lanes.watch.num_evaluations)
+        whole = jax.tree.map(
+            lambda whole, part: whole.at[to].set(part, mode="drop"), loop.solved[:-1], part
+        )
+        slot = jnp.minimum(loop.next_slot + jnp.cumsum(through, dtype=jnp.int32) - 1, batch)
+        lanes = _where(through & (slot < batch), enter(slot, whole[0]), lanes)
+        lanes = lanes._replace(slot=jnp.where(through, slot, lanes.slot))
+        next_slot = loop.next_slot + through.sum(dtype=jnp.int32)
+        return _Loop(lanes, Solved(*whole, num_calls), next_slot)
 
-    none = jnp.zeros((), jnp.int32)
+    no, none = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
+    reached = jnp.full(batch, t0, jax.tree.leaves(y0)[0].dtype)
+    num_calls = jnp.asarray(reuses_last * -(-batch // num_lanes), jnp.int32)
     loop = _Loop(
         lanes=enter(jnp.arange(num_lanes, dtype=jnp.int32), y0),
-        y=y0,
-        num_steps=jnp.zeros(batch, jnp.int32),
-        next_slot=none + num_lanes,
-        num_turns=none,
-        failed=jnp.zeros(num_lanes, bool),
+        solved=Solved(y0, reached, no, no, none, num_calls),
+        next_slot=jnp.asarray(num_lanes, jnp.int32),
     )
-    loop = jax.lax.while_loop(goes_on, turn, loop)
-    return _raise_on_failure(loop, t0, t1, max_steps), loop.num_steps, loop.num_turns
+    return jax.lax.while_loop(goes_on, turn, loop).solved
 
 
 def _method(
     vector_field: Callable[[jax.Array, jax.Array, Any], Any],
     solver: diffrax.AbstractSolver,
-    controller: diffrax.AbstractStepSizeController,
+    controller: Watched,
     y0: Any,
-    t0: float,
-    t1: float,
-    reuses_last_stage: bool,
+    t0: Any,
+    t1: Any,
 ) -> _Method:
-    dtype = jax.tree.leaves(y0)[0].dtype
-    direction = 1.0 if t0 < t1 else -1.0
-    start, end = jnp.asarray(direction * t0, dtype), jnp.asarray(direction * t1, dtype)
-    almost_end = np.asarray(direction * t1, dtype)
-    for _ in range(100):
-        almost_end = np.nextafter(almost_end, -np.inf, dtype=dtype)
-    first_step = jnp.asarray(direction * FIRST_STEP * (t1 - t0), dtype)
-    controller = StopWhenStalled(controller).wrap(jnp.asarray(direction, dtype))
+    dtype, reuses_last = jax.tree.leaves(y0)[0].dtype, controller.reuses_last
+    direction = jnp.where(t0 < t1, 1, -1).astype(dtype)
+    start, end = direction * t0, direction * t1
+    # As Diffrax does, so that no step of a few roundings is left over before the end.
+    almost_end = jax.lax.stop_gradient(end)
+    almost_end = jax.lax.fori_loop(0, 100, lambda _, t: jnp.nextafter(t, -jnp.inf), almost_end)
+    controller = controller.wrap(direction)
 
     def term(row: jax.Array) -> diffrax.ODETerm:
         def field(t: Any, y: Any, args: Any) -> Any:
@@ -171,48 +188,41 @@ def _method(
     def enter(slot: jax.Array, row: jax.Array, y: Any, f0: Any) -> _Lane:
         own = term(row)
         order = solver.error_order(own)
-        t_next, controller_state = controller.init(
-            own, start, end, y, first_step, None, solver.func, order
+        t_next, watch = controller.init(
+            own, start, end, y, FIRST_STEP * (end - start), None, solver.func, order
         )
         t_next = jnp.minimum(t_next, end)
         solver_state = solver.init(own, start, t_next, y, None)
-        if reuses_last_stage:
+        if reuses_last:
             # Diffrax's state of these methods: whether the first stage is missing, and its value.
             _, missing = solver_state
             f0 = jax.tree.map(lambda _, f: f, missing, f0)
             solver_state = (jnp.zeros((), bool), f0)
-        none = jnp.zeros((), jnp.int32)
-        return _Lane(slot, row, start, t_next, y, solver_state, controller_state, none)
+        num_evaluations = watch.num_evaluations + int(reuses_last)
+        due = jnp.asarray(not reuses_last)
+        watch = watch._replace(num_evaluations=num_evaluations, first_stage_due=due)
+        return _Lane(slot, row, start, t_next, y, solver_state, watch, jnp.zeros((), jnp.int32))
 
     def step(lane: _Lane) -> tuple[_Lane, jax.Array]:
-        own = term(lane.row)
+        own, due = term(lane.row), lane.watch.first_stage_due & reuses_last
         y, error, _, solver_state, _ = solver.step(
-            own, lane.t, lane.t_next, lane.y, None, lane.solver_state, False
+            own, lane.t, lane.t_next, lane.y, None, lane.solver_state, due
         )
-        kept, t, t_next, _, controller_state, result = controller.adapt_step_size(
-            lane.t, lane.t_next, lane.y, y, None, error, solver.error_order(own),
-            lane.controller_state,
-        )  # fmt: skip
+        kept, t, t_next, _, watch, result = controller.adapt_step_size(
+            lane.t, lane.t_next, lane.y, y, None, error, solver.error_order(own), lane.watch
+        )
         y, solver_state = jax.tree.map(
             lambda new, old: jnp.where(kept, new, old),
             (y, solver_state),
             (lane.y, lane.solver_state),
         )
         t = jnp.minimum(t, end)
-        # As Diffrax does, so that no step of a few roundings is left over before the end.
         to_end = jnp.where(kept, end, t + 0.5 * (end - t))
         t_next = jnp.where(t_next > almost_end, to_end, t_next)
-        moved = lane._replace(
-            t=t,
-            t_next=t_next,
-            y=y,
-            solver_state=solver_state,
-            controller_state=controller_state,
-            num_steps=lane.num_steps + 1,
-        )
+        moved = _Lane(lane.slot, lane.row, t, t_next, y, solver_state, watch, lane.num_steps + 1)
         return moved, result == diffrax.RESULTS.successful
 
-    return _Method(first_stage, enter, step, end)
+    return _Method(first_stage, enter, step, direction, end)
 
 
 def _in_turns(function: Callable[..., Any], rows: jax.Array, y: Any, num_lanes: int) -> Any:
@@ -233,28 +243,3 @@ def _where(chosen: jax.Array, new: _Lane, old: _Lane) -> _Lane:
     return jax.vmap(lambda c, n, o: jax.tree.map(lambda a, b: jnp.where(c, a, b), n, o))(
         chosen, new, old
     )
-
-
-class _Failures(Sequence[str]):
-    """The message of failure f of row r at r * len(failures) + f, made when it is read."""
-
-    def __init__(self, failures: list[str]):
-        self.failures = failures
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __getitem__(self, index: Any) -> Any:
-        row, which = divmod(index, len(self.failures))
-        return f"The solve of row {row} stopped {self.failures[which]}"
-
-
-def _raise_on_failure(loop: _Loop, t0: float, t1: float, max_steps: int) -> Any:
-    """The end states, or at run time an error that names the row and the time."""
-    messages = _Failures(failures(t0, t1, max_steps))
-    lane = jnp.argmin(jnp.where(loop.failed, loop.lanes.row, jnp.iinfo(jnp.int32).max))
-    reached = loop.lanes.t[lane] * (1.0 if t0 < t1 else -1.0)
-    ran_out = loop.lanes.num_steps[lane] >= max_steps
-    which = failure_index(reached, ran_out, t0, t1)
-    index = loop.lanes.row[lane] * len(messages.failures) + which
-    return eqx.branched_error_if(loop.y, loop.failed.any(), index, messages)

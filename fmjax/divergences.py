@@ -17,13 +17,25 @@ Sources: Hutchinson 1989, doi 10.1080/03610918908812806; Grathwohl et al. 2018, 
 (the probe that stays fixed).
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .types import Divergence, Velocity
+from .types import (
+    Divergence,
+    Velocity,
+    as_batch,
+    at_least_float32,
+    checked,
+    kind,
+    returned,
+)
 
 Probe = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -46,18 +58,18 @@ def exact_divergence(chunk_size: int = 16) -> Divergence:
       >>> div
       Array([12., 12.], dtype=float32)
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
+    _check_count("chunk_size", chunk_size)
 
     def divergence(velocity: Velocity, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u, jacobian_product = jax.linearize(lambda x: velocity(t, x), x)
+        x = as_batch("x", x)
+        u, jacobian_product = jax.linearize(functools.partial(checked(velocity), t), x)
         batch, event_size = x.shape[0], math.prod(x.shape[1:])
 
         def diagonal(i: jax.Array) -> jax.Array:
             # Batch members don't see one another, so one tangent serves them all.
             basis = jax.nn.one_hot(i, event_size, dtype=x.dtype).reshape(1, *x.shape[1:])
             column = jacobian_product(jnp.broadcast_to(basis, x.shape))
-            return column.reshape(batch, event_size)[:, i]
+            return at_least_float32(column.reshape(batch, event_size)[:, i])
 
         indices = jnp.arange(event_size)
         if event_size <= chunk_size:
@@ -119,16 +131,63 @@ def hutchinson_estimates(
       >>> estimates(lambda t, x: jnp.sin(x), jnp.zeros(()), jnp.ones((3, 2)))[1].shape
       (8, 3)
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1; got {num_probes}.")
+    _check_count("num_probes", num_probes)
 
     def divergence(velocity: Velocity, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u, jacobian_product = jax.linearize(lambda x: velocity(t, x), x)
-        probes = probe(key, (num_probes, *x.shape), x.dtype)
+        x = as_batch("x", x)
+        u, jacobian_product = jax.linearize(functools.partial(checked(velocity), t), x)
+        shape = (num_probes, *x.shape)
+        probes = returned("probe", probe(key, shape, x.dtype), shape).astype(x.dtype)
 
         def quadratic_form(e: jax.Array) -> jax.Array:
-            return jnp.sum(e * jacobian_product(e), axis=range(1, x.ndim))
+            product = at_least_float32(e) * at_least_float32(jacobian_product(e))
+            return jnp.sum(product, axis=range(1, x.ndim))
 
         return u, jax.vmap(quadratic_form)(probes)
 
     return divergence
+
+
+def divergence_at(
+    divergence: Divergence, velocity: Velocity, t: jax.Array, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a caller's divergence gives at (t, x), refused unless it is (u, div) of these shapes.
+
+    Args:
+      divergence: `(velocity, t, x) -> (u, div)`.
+      velocity: `(t, x) -> u`.
+      t: `[]` or `[batch]`.
+      x: `[batch, *event]`, in the dtype of the solve, in which u and div are returned.
+
+    Returns:
+      u `[batch, *event]`, and div `[batch]` or `[num_estimates, batch]`.
+
+    Raises:
+      ValueError: if what comes back is no such pair, or `divergence` makes one: exact_divergence
+        without parentheses.
+    """
+    if divergence in (exact_divergence, hutchinson_divergence, hutchinson_estimates):
+        raise ValueError(
+            f"divergence must be a divergence; got {kind(divergence)}, which makes one: "
+            f"{divergence.__name__}(...)."  # pyright: ignore[reportAttributeAccessIssue]
+        )
+    if not callable(divergence):
+        raise ValueError(f"divergence must be a function; got {kind(divergence)}.")
+    pair = divergence(velocity, t, x)
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ValueError(f"The divergence must return the pair (u, div); got {kind(pair)}.")
+    u = returned("The divergence's velocity", pair[0], x.shape)
+    many = np.ndim(pair[1]) == 2  # several estimates, along a leading axis
+    shape = (*np.shape(pair[1])[:many], x.shape[0])
+    fix = "It must be [batch] or [num_estimates, batch], summed over the event."
+    div = returned("The divergence", pair[1], shape, fix)
+    return u.astype(x.dtype), div.astype(x.dtype)
+
+
+def _check_count(name: str, count: Any) -> None:
+    try:
+        good = operator.index(count) >= 1
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be at least 1, a whole number; got {kind(count)}.")

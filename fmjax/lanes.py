@@ -37,11 +37,19 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._lanes import solve_each
-from ._solve import check_interval, checked, default_controller, evaluations
-from .divergences import exact_divergence
-from .likelihood import standard_normal_log_prob
-from .types import Divergence, SourceLogProb, Velocity, as_floating, wider
+from ._lanes import Solved, solve_each
+from ._solve import Watched, check_count, interval, raise_if, stopped, watched
+from .divergences import divergence_at, exact_divergence
+from .likelihood import check_source, source_at, standard_normal_log_prob
+from .types import (
+    Divergence,
+    SourceLogProb,
+    Velocity,
+    as_batch,
+    checked,
+    refuse_explicit_mesh,
+    wider,
+)
 
 
 class PerRow(NamedTuple):
@@ -74,12 +82,28 @@ class EachTrajectory(NamedTuple):
     num_calls: jax.Array
 
 
+class Attempts(NamedTuple):
+    """Solved ODEs and failed ones.
+
+    Attributes:
+      x: the states at `t1`, `[batch, *event]`; NaN where the solve failed.
+      reached: the time of the last accepted state, `[batch]`: `t1` where the solve succeeded.
+      num_evaluations: as in `EachTrajectory`.
+      num_calls: as in `EachTrajectory`.
+    """
+
+    x: jax.Array
+    reached: jax.Array
+    num_evaluations: jax.Array
+    num_calls: jax.Array
+
+
 def integrate_each(
     velocity: Velocity | PerRow,
     x0: jax.Array,
     *,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008 (it holds no state)
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     max_steps: int = 4096,
@@ -119,24 +143,64 @@ def integrate_each(
       >>> solved.num_evaluations
       Array([37, 13], dtype=int32)
     """
-    x0 = as_floating("x0", x0)
+    x0 = as_batch("x0", x0)
+    field, y0 = _field(velocity, x0)
+    solved = _solve(
+        field, y0, rows, t0, t1, solver, stepsize_controller, max_steps, num_lanes, stops=True
+    )
+    return EachTrajectory(solved.y.astype(x0.dtype), solved.num_evaluations, solved.num_calls)
+
+
+def attempt_each(
+    velocity: Velocity | PerRow,
+    x0: jax.Array,
+    *,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    max_steps: int = 4096,
+    num_lanes: int | None = None,
+    rows: jax.Array | None = None,
+) -> Attempts:
+    """`integrate_each` that keeps what succeeds: an example that fails is NaN, the others go on.
+
+    Arguments and errors are those of `integrate_each`, but for the RuntimeError.
+
+    Returns:
+      `Attempts(x, reached, num_evaluations, num_calls)`; an example has failed where `reached` is
+      not `t1`.
+
+    Example:
+      >>> attempts = attempt_each(lambda t, x: x**2, jnp.array([[0.5], [2.0]]), max_steps=100)
+      >>> attempts.reached == 1  # the second one's solution ends at t = 1/2
+      Array([ True, False], dtype=bool)
+    """
+    x0 = as_batch("x0", x0)
+    field, y0 = _field(velocity, x0)
+    solved = _solve(
+        field, y0, rows, t0, t1, solver, stepsize_controller, max_steps, num_lanes, stops=False
+    )
+    x = solved.y.astype(x0.dtype)
+    return Attempts(x, solved.reached, solved.num_evaluations, solved.num_calls)
+
+
+def _field(velocity: Velocity | PerRow, x0: jax.Array) -> tuple[Any, jax.Array]:
+    """The vector field of one example, and the state in the dtype of the solve."""
     dtype = wider(x0.dtype, jnp.float32)
 
     def field(row: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
         return checked(_of_row(velocity, row), dtype)(t, x[None])[0]
 
-    x1, num_evaluations, num_calls = _solve(
-        field, x0.astype(dtype), rows, t0, t1, solver, stepsize_controller, max_steps, num_lanes
-    )
-    return EachTrajectory(x1.astype(x0.dtype), num_evaluations, num_calls)
+    return field, x0.astype(dtype)
 
 
 def sample_each(
     velocity: Velocity | PerRow,
     x0: jax.Array,
     *,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     max_steps: int = 4096,
@@ -172,8 +236,8 @@ def log_prob_each(
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
     divergence: Divergence | PerRow = exact_divergence(),  # noqa: B008 (a pure function)
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     max_steps: int = 4096,
@@ -205,12 +269,13 @@ def log_prob_each(
       >>> probes = lambda row: hutchinson_divergence(jax.random.fold_in(key, row), 2)
       >>> log_p = log_prob_each(lambda t, x: -x, jnp.zeros((5, 2)), divergence=PerRow(probes))
     """
-    x1 = as_floating("x1", x1)
+    x1 = as_batch("x1", x1)
+    check_source(source_log_prob, x1)
     dtype = wider(x1.dtype, jnp.float32)
 
     def field(row: jax.Array, t: jax.Array, y: tuple[jax.Array, jax.Array]) -> Any:
         of_x = checked(_of_row(velocity, row), dtype)
-        u, div = _of_row(divergence, row)(of_x, t, y[0][None])
+        u, div = divergence_at(_of_row(divergence, row), of_x, t, y[0][None])
         return u[0], div[..., 0]
 
     x = x1.astype(dtype)
@@ -218,12 +283,13 @@ def log_prob_each(
     one = jax.ShapeDtypeStruct(x.shape[1:], dtype)
     _, div = jax.eval_shape(field, jnp.zeros((), jnp.int32), zero, (one, zero))
     start = (x, jnp.zeros((len(x), *div.shape), dtype))
-    (x0, log_det), _, _ = _solve(
-        field, start, rows, t1, t0, solver, stepsize_controller, max_steps, num_lanes
+    solved = _solve(
+        field, start, rows, t1, t0, solver, stepsize_controller, max_steps, num_lanes, stops=True
     )
+    x0, log_det = solved.y
     log_det = jnp.moveaxis(log_det, 0, -1)
     # Backwards, log_det is -int_0^1 div v dt.
-    return jnp.expand_dims(source_log_prob(x0), range(log_det.ndim - 1)) + log_det
+    return source_at(source_log_prob, x0, log_det) + log_det
 
 
 def _of_row(given: Any, row: jax.Array) -> Any:
@@ -234,23 +300,22 @@ def _solve(
     field: Callable[[jax.Array, jax.Array, Any], Any],
     y0: Any,
     rows: jax.Array | None,
-    t_start: float,
-    t_end: float,
+    t_start: float | jax.Array,
+    t_end: float | jax.Array,
     solver: diffrax.AbstractSolver,
     controller: diffrax.AbstractStepSizeController | None,
     max_steps: int,
     num_lanes: int | None,
-) -> tuple[Any, jax.Array, jax.Array]:
-    """y at `t_end`, each example's evaluations `[batch]`, and the calls."""
-    check_interval(t_start, t_end)
-    controller = default_controller() if controller is None else controller
-    if isinstance(controller, diffrax.StepTo):
-        raise ValueError(
-            "Step sizes of each example's own want an adaptive controller; got StepTo. On a fixed "
-            "grid all examples cost the same: use integrate, sample or log_prob."
-        )
-    per_step, at_start = evaluations(solver, controller)
-    batch = len(jax.tree.leaves(y0)[0])
+    *,
+    stops: bool,
+) -> Solved:
+    """What became of every example; with `stops`, an error that names the first that failed."""
+    leaf = jax.tree.leaves(y0)[0]
+    refuse_explicit_mesh("x", leaf)
+    start, end = interval(t_start, t_end, leaf.dtype)
+    watched_controller = _adaptive(solver, controller)
+    check_count("max_steps", max_steps)
+    batch = len(leaf)
     rows = jnp.arange(batch, dtype=jnp.int32) if rows is None else jnp.asarray(rows, jnp.int32)
     if batch == 0 or rows.shape != (batch,):
         raise ValueError(
@@ -258,20 +323,48 @@ def _solve(
             f"{rows.shape[0] if rows.ndim else rows.shape} rows for {batch} examples."
         )
     num_lanes = max(1, batch // 8) if num_lanes is None else num_lanes
-    if num_lanes < 1:
-        raise ValueError(f"num_lanes must be at least 1; got {num_lanes}.")
-    num_lanes = min(num_lanes, batch)
-    y, num_steps, num_turns = solve_each(
+    check_count("num_lanes", num_lanes)
+    solved = solve_each(
         field,
         y0,
         rows,
-        t0=t_start,
-        t1=t_end,
+        t0=start,
+        t1=end,
         solver=solver,
-        stepsize_controller=controller,
+        controller=watched_controller,
         max_steps=max_steps,
-        num_lanes=num_lanes,
-        reuses_last_stage=at_start == 1,
+        num_lanes=min(num_lanes, batch),
+        stops=stops,
     )
-    num_first_calls = at_start * -(-batch // num_lanes)
-    return y, at_start + per_step * num_steps, num_first_calls + per_step * num_turns
+    return _raise_on_failure(solved, rows, end, max_steps) if stops else solved
+
+
+def _adaptive(
+    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController | None
+) -> Watched:
+    """The controller, refused where it does not choose steps."""
+    found = watched(solver, controller)
+    if isinstance(found.controller, diffrax.StepTo | diffrax.ConstantStepSize):
+        raise ValueError(
+            "Step sizes of each example's own need an adaptive controller; got "
+            f"{type(found.controller).__name__}. On a fixed grid all examples cost the same: use "
+            "integrate, sample or log_prob."
+        )
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"{type(solver).__name__} has no error estimate and can't choose its own steps. Take "
+            "an adaptive solver such as diffrax.Tsit5(), or integrate, sample or log_prob with "
+            "num_steps."
+        )
+    return found
+
+
+def _raise_on_failure(solved: Solved, rows: jax.Array, t1: Any, max_steps: int) -> Solved:
+    """`solved`, or at run time an error that names the first failed row and its time."""
+
+    def message(row: int, reached: float, ran_out: bool) -> str:
+        return stopped(max_steps, reached, ran_out).replace("solve", f"solve of row {row}", 1)
+
+    first = jnp.argmax(solved.failed)
+    numbers = (part[first] for part in (rows, solved.reached, solved.ran_out))
+    return raise_if(solved.failed.any(), solved, message, *numbers)

@@ -5,11 +5,14 @@ Along dx/dt = v(t, x), from the source (t = 0) to the data (t = 1), d/dt log p_t
     log p_1(x_1) = log p_0(x_0) - int_0^1 div v(t, x_t) dt,
 
 solved together with x, from the data back to the source in `log_prob`, forwards in
-`sample_and_log_prob`. Log-densities are in nats per example; only `bits_per_dim` speaks in bits.
+`sample_and_log_prob`. An adaptive step is chosen for the mean square of the errors of x and of the
+integral, each averaged over its own numbers, so that the integral is as good in 3,072 dimensions as
+in two. Log-densities are in nats per example; only `bits_per_dim` speaks in bits.
 
 Source: Chen et al. 2018, arXiv 1806.07366 (theorem 1).
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -17,9 +20,20 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import checked, solve
-from .divergences import exact_divergence
-from .types import Divergence, SourceLogProb, Velocity, as_floating, wider
+from ._solve import solve
+from .divergences import divergence_at, exact_divergence
+from .types import (
+    Divergence,
+    SourceLogProb,
+    Velocity,
+    as_batch,
+    as_floating,
+    at_least_float32,
+    checked,
+    refuse_explicit_mesh,
+    returned,
+    wider,
+)
 
 
 class LogProb(NamedTuple):
@@ -38,7 +52,11 @@ class LogProb(NamedTuple):
 
 
 def standard_normal_log_prob(x: jax.Array) -> jax.Array:
-    """log N(x; 0, I) summed over the event: `[batch, *event]` -> `[batch]`, in nats."""
+    """log N(x; 0, I) summed over the event: `[batch, *event]` -> `[batch]`, in nats.
+
+    Summed and returned in at least float32, whatever the dtype of x: half precision can't hold it.
+    """
+    x = at_least_float32(as_batch("x", x))
     event_size = math.prod(x.shape[1:])
     square = jnp.sum(jnp.square(x), axis=range(1, x.ndim))
     return -0.5 * (square + event_size * math.log(2 * math.pi))
@@ -50,8 +68,8 @@ def log_prob(
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
     divergence: Divergence = exact_divergence(),  # noqa: B008 (a pure function)
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     num_steps: int | None = None,
@@ -65,7 +83,8 @@ def log_prob(
 
     Args:
       velocity: `(t, x) -> u`. Activations with continuous second derivatives (SiLU, GELU, tanh)
-        solve in far fewer steps than ones with a kink, whose divergence jumps.
+        solve in far fewer steps than ones with a kink (ReLU, SELU), whose divergence jumps. For
+        these pass `solver=diffrax.Dopri5()`, which made a quarter of Tsit5's calls.
       x1: data, `[batch, *event]`.
       source_log_prob: log-density of the source, `[batch, *event]` -> `[batch]`.
       divergence: `exact_divergence(...)`, `hutchinson_divergence(key, num_probes)`, or
@@ -104,8 +123,8 @@ def integrate_log_prob(
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
     divergence: Divergence = exact_divergence(),  # noqa: B008
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     num_steps: int | None = None,
@@ -123,11 +142,13 @@ def integrate_log_prob(
       >>> int(integrate_log_prob(lambda t, x: -x, jnp.ones((3, 2)), num_steps=4).num_evaluations)
       25
     """
+    x1 = as_batch("x1", x1)
+    check_source(source_log_prob, x1)
     x0, log_det, num_evaluations = _solve_with_divergence(
         velocity, x1, divergence, t1, t0, solver, stepsize_controller, num_steps, max_steps, adjoint
     )
     # Backwards, log_det is -int_0^1 div v dt.
-    log_p = _beside(source_log_prob(x0), log_det) + log_det
+    log_p = source_at(source_log_prob, x0, log_det) + log_det
     return LogProb(log_p, x0.astype(x1.dtype), num_evaluations)
 
 
@@ -137,8 +158,8 @@ def sample_and_log_prob(
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
     divergence: Divergence = exact_divergence(),  # noqa: B008
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     num_steps: int | None = None,
@@ -152,24 +173,40 @@ def sample_and_log_prob(
     Returns:
       x1 `[batch, *event]` in the dtype of `x0`, and log p_1(x1) `[batch]` in nats.
     """
+    x0 = as_batch("x0", x0)
+    check_source(source_log_prob, x0)
     x1, log_det, _ = _solve_with_divergence(
         velocity, x0, divergence, t0, t1, solver, stepsize_controller, num_steps, max_steps, adjoint
     )
-    log_p = _beside(source_log_prob(x0.astype(x1.dtype)), log_det) - log_det
+    log_p = source_at(source_log_prob, x0.astype(x1.dtype), log_det) - log_det
     return x1.astype(x0.dtype), log_p
 
 
-def _beside(log_p: jax.Array, estimates: jax.Array) -> jax.Array:
-    """`[batch]`, or `[1, batch]` where there are several estimates side by side."""
-    return jnp.expand_dims(log_p, range(estimates.ndim - log_p.ndim))
+def source_at(source_log_prob: SourceLogProb, x0: jax.Array, log_det: jax.Array) -> jax.Array:
+    """What a caller's log-density gives at `x0`, refused unless it is `[batch]`.
+
+    Returns:
+      `[batch]`, or `[1, batch]` where `log_det` holds several estimates, in its dtype.
+    """
+    fix = "It must be [batch], summed over the event."
+    log_p = returned("source_log_prob", source_log_prob(x0), x0.shape[:1], fix)
+    return jnp.expand_dims(log_p.astype(log_det.dtype), range(log_det.ndim - 1))
+
+
+def check_source(source_log_prob: SourceLogProb, x: jax.Array) -> None:
+    """`source_at` before the solve that it follows, unless the density works outside of JAX."""
+    x0 = jax.ShapeDtypeStruct(x.shape, wider(x.dtype, jnp.float32))
+    log_det = jnp.zeros(x.shape[:1], x0.dtype)
+    with contextlib.suppress(jax.errors.JAXTypeError):
+        jax.eval_shape(lambda x0: source_at(source_log_prob, x0, log_det), x0)
 
 
 def _solve_with_divergence(
     velocity: Velocity,
     x: jax.Array,
     divergence: Divergence,
-    t_start: float,
-    t_end: float,
+    t_start: float | jax.Array,
+    t_end: float | jax.Array,
     solver: diffrax.AbstractSolver,
     stepsize_controller: diffrax.AbstractStepSizeController | None,
     num_steps: int | None,
@@ -177,11 +214,11 @@ def _solve_with_divergence(
     adjoint: diffrax.AbstractAdjoint,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x at `t_end`, the integral of the divergence from `t_start` on, and the evaluations."""
-    x = as_floating("x", x)
+    refuse_explicit_mesh("x", x)
     dtype = wider(x.dtype, jnp.float32)
 
     def vector_field(t: jax.Array, y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        return divergence(checked(velocity, dtype), t, y[0])
+        return divergence_at(divergence, checked(velocity, dtype), t, y[0])
 
     start = jnp.zeros((), dtype)
     _, div = jax.eval_shape(vector_field, start, (x.astype(dtype), start))
@@ -227,10 +264,10 @@ def bits_per_dim(
       high: where the last level ends.
 
     Returns:
-      Bits per dimension, of the shape of `log_prob`.
+      Bits per dimension, of the shape of `log_prob`, in at least float32.
 
     Raises:
-      ValueError: if the event is empty, `num_levels < 2` or `high <= low`.
+      ValueError: if the event is empty, `num_levels < 2` or not low < high, both finite.
 
     Example:
       >>> bits_per_dim(jnp.zeros(1), (32, 32, 3))  # a density of 1 everywhere on [-1, 1]: 7 bits
@@ -239,9 +276,10 @@ def bits_per_dim(
     Source: Theis et al. 2015, arXiv 1511.01844 (section 3.1); Ho et al. 2019, arXiv 1902.00275.
     """
     event_size = math.prod(event_shape)
-    if event_size < 1 or num_levels < 2 or high <= low:
+    if event_size < 1 or not num_levels >= 2 or not -math.inf < low < high < math.inf:
         raise ValueError(
             "bits_per_dim needs a non-empty event, two levels and low < high; got event_shape="
             f"{event_shape}, num_levels={num_levels}, low={low}, high={high}."
         )
+    log_prob = at_least_float32(as_floating("log_prob", log_prob))
     return -(log_prob / event_size + math.log((high - low) / num_levels)) / math.log(2)

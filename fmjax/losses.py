@@ -10,7 +10,7 @@ straight path x_t = (1 - t) x0 + t x1 is x1 - x0, not (x1 - x0) / t.
 import jax
 import jax.numpy as jnp
 
-from .types import PathSample, Velocity, check_same_shape, wider
+from .types import PathSample, Velocity, as_batch, at_least_float32, check_same_shape, checked
 
 
 def cfm_loss(velocity: Velocity, path_sample: PathSample) -> jax.Array:
@@ -24,7 +24,7 @@ def cfm_loss(velocity: Velocity, path_sample: PathSample) -> jax.Array:
       `[batch]`, in at least float32. The caller weights, masks and averages.
 
     Raises:
-      ValueError: if the velocity returns another shape than that of `u_t`.
+      ValueError: if the velocity returns anything but a floating array of the shape of `u_t`.
 
     Example:
       >>> from fmjax import cond_ot, sample_path
@@ -34,8 +34,8 @@ def cfm_loss(velocity: Velocity, path_sample: PathSample) -> jax.Array:
 
     Source: arXiv 2210.02747, equation 9.
     """
-    prediction = velocity(path_sample.t, path_sample.x_t)
-    check_same_shape("the velocity and its target u_t", prediction, path_sample.u_t)
-    dtype = wider(path_sample.u_t.dtype, jnp.float32)
-    error = prediction.astype(dtype) - path_sample.u_t.astype(dtype)
+    x_t, u_t = as_batch("x_t", path_sample.x_t), as_batch("u_t", path_sample.u_t)
+    check_same_shape("x_t and u_t", x_t, u_t)
+    u_t = at_least_float32(u_t)
+    error = checked(velocity, u_t.dtype)(path_sample.t, x_t) - u_t
     return jnp.mean(jnp.square(error), axis=range(1, error.ndim))

@@ -27,13 +27,30 @@ Sources: Lipman et al. 2022, arXiv 2210.02747 (sections 3 and 4); Tong et al. 20
 2302.00482; Lipman et al. 2024, arXiv 2412.06264 (section 4.8 and table 1 for the conversions).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._affine import Schedule, combine, convert, refuse_singular, schedule, schedule_with_w
-from .types import PathSample, Velocity, as_floating, broadcast_time, check_same_shape
+from ._affine import (
+    Schedule,
+    as_time,
+    check_path,
+    combine,
+    convert,
+    refuse_singular,
+    schedule,
+    schedule_with_w,
+)
+from .types import (
+    PathSample,
+    Velocity,
+    as_batch,
+    broadcast_time,
+    check_same_shape,
+    wider,
+)
 
 
 class AffinePath(NamedTuple):
@@ -128,17 +145,27 @@ def cosine() -> AffinePath:
 def polynomial(n: float) -> AffinePath:
     """alpha = t^n, sigma = 1 - t^n. For n < 1 the velocity is infinite at t = 0.
 
+    Near the data 1 - t^n is taken as -expm1(n log t), which keeps the digits that the difference
+    loses; near the source, where the logarithm has no slope, as it is written.
+
     Args:
-      n: the degree, positive.
+      n: the degree, positive and finite.
 
     Raises:
-      ValueError: if `n` is not positive.
+      ValueError: if `n` is not positive and finite.
 
     Source: one of the schedules that arXiv 2412.06264 names.
     """
-    if n <= 0:
-        raise ValueError(f"n must be positive; got {n}. n = 1 is cond_ot().")
-    return AffinePath(alpha=lambda t: t**n, sigma=lambda t: 1 - t**n)
+    if not 0 < n < math.inf:
+        raise ValueError(f"n must be positive and finite; got {n}. n = 1 is cond_ot().")
+
+    def sigma(t: jax.Array) -> jax.Array:
+        near_data = t > 0.5 ** (1 / n)  # that is, t^n > 1/2
+        # Each form sees only times at which it and its slope are finite.
+        log_t = jnp.log(jnp.where(near_data, t, 1))
+        return jnp.where(near_data, -jnp.expm1(n * log_t), 1 - jnp.where(near_data, 0.5, t) ** n)
+
+    return AffinePath(alpha=lambda t: t**n, sigma=sigma)
 
 
 def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) -> PathSample:
@@ -162,7 +189,7 @@ def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) ->
       >>> sample_path(cond_ot(), jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0.0, 0.5])).x_t[1]
       Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    x0, x1 = as_floating("x0", x0), as_floating("x1", x1)
+    x0, x1 = as_batch("x0", x0), as_batch("x1", x1)
     check_same_shape("x0 and x1", x0, x1)
     t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
     refuse_singular("sample_path", t, alpha_dot, sigma_dot)
@@ -252,19 +279,29 @@ def marginal_velocity(path: AffinePath, data: jax.Array) -> Velocity:
     Source: arXiv 2210.02747, equation 8 and theorems 1 and 2.
     """
 
-    def posterior_mean(alpha: jax.Array, sigma: jax.Array, x: jax.Array) -> jax.Array:
+    data = as_batch("data", data)
+    check_path(path)  # before a solve does
+
+    def posterior_mean(
+        alpha: jax.Array, sigma: jax.Array, x: jax.Array, data: jax.Array
+    ) -> jax.Array:
         square_distance = jnp.sum(jnp.square(x[None] - alpha * data), range(1, data.ndim))
         weights = jax.nn.softmax(-square_distance / (2 * sigma**2))
         return jnp.tensordot(weights, data, 1, precision=jax.lax.Precision.HIGHEST)
 
     def velocity(t: jax.Array, x: jax.Array) -> jax.Array:
+        x = as_batch("x", x)
         if x.shape[1:] != data.shape[1:]:
             raise ValueError(
                 "x and the data must have one event shape; got "
                 f"{x.shape[1:]} and {data.shape[1:]}. Both have a leading batch axis."
             )
+        dtype = wider(wider(x.dtype, data.dtype), jnp.float32)
+        t = as_time(t).astype(dtype)
         broadcast_time(t, x)  # refuses a t that is neither [] nor [batch]
-        alpha, sigma = (jnp.broadcast_to(f(jnp.asarray(t, x.dtype)), x.shape[:1]) for f in path)
-        return x1_to_velocity(path, t, x, jax.vmap(posterior_mean)(alpha, sigma, x))
+        alpha, sigma = (jnp.broadcast_to(a, x.shape[:1]) for a in schedule(path, t)[1:3])
+        in_axes = (0, 0, 0, None)
+        x1 = jax.vmap(posterior_mean, in_axes)(alpha, sigma, x.astype(dtype), data.astype(dtype))
+        return x1_to_velocity(path, t, x, x1)
 
     return velocity

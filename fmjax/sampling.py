@@ -10,6 +10,7 @@ changed with what it closes over. A function of the parameters compiles once for
     draw = jax.jit(lambda params, x0: sample(functools.partial(model.apply, params), x0))
 
 `num_evaluations` is the true cost: every call of the velocity, those of rejected steps included.
+(Under `jax.vmap` the solves of a batch run in step with the longest, and each counts its own.)
 """
 
 from typing import NamedTuple
@@ -18,8 +19,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import checked, solve
-from .types import Velocity, as_floating, wider
+from ._solve import solve
+from .types import Velocity, as_batch, checked, refuse_explicit_mesh, wider
 
 
 class Trajectory(NamedTuple):
@@ -40,8 +41,8 @@ def integrate(
     velocity: Velocity,
     x0: jax.Array,
     *,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     ts: jax.Array | None = None,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008 (it holds no state)
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
@@ -54,8 +55,8 @@ def integrate(
     Args:
       velocity: `(t, x) -> u`, with `t` of shape `[]`.
       x0: the state at `t0`, `[batch, *event]`. The solve runs in its dtype, in float32 at least.
-      t0: start.
-      t1: end.
+      t0: start, a number or a traced `[]`, in which the solve is differentiable.
+      t1: end, likewise.
       ts: times at which the state is wanted, `[num_times]`, in order from `t0` to `t1`; between
         steps it is interpolated by the solver's own rule. Without it, `t1` alone.
       solver: `diffrax.Euler()`, `Tsit5()` or any other explicit Runge-Kutta method of Diffrax.
@@ -70,16 +71,17 @@ def integrate(
 
     Raises:
       ValueError: `num_steps` together with a controller; `num_steps < 1`; neither with a solver
-        that has no error estimate; a solver whose evaluations are not known; bad `ts`; a velocity
-        of another shape than x.
-      RuntimeError: by the solve, if `max_steps` were taken or the state or the velocity is not
-        finite; it says at which time.
+        that has no error estimate; a solver whose evaluations are not known; `t0` and `t1` equal or
+        not finite; bad `ts`; a velocity that returns anything but a floating array of x's shape.
+      RuntimeError: by the solve, if `max_steps` were taken, or the state, the velocity or a traced
+        end is not finite; it says at which time.
 
     Example:
       >>> integrate(lambda t, x: -x, jnp.ones((1, 2)), solver=diffrax.Heun(), num_steps=10).x.shape
       (1, 1, 2)
     """
-    x0 = as_floating("x0", x0)
+    x0 = as_batch("x0", x0)
+    refuse_explicit_mesh("x0", x0)
     dtype = wider(x0.dtype, jnp.float32)
     t, x, num_evaluations = solve(
         checked(velocity, dtype),
@@ -100,8 +102,8 @@ def sample(
     velocity: Velocity,
     x0: jax.Array,
     *,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     num_steps: int | None = None,

@@ -4,10 +4,14 @@ Time runs from the source (t = 0) to the data (t = 1). A time sampler is `(key, 
 function of that form can be trained with. The density weighs the loss and moves no optimum.
 """
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .types import TimeSampler
+from .types import TimeSampler, is_concrete, kind
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -34,14 +38,16 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
       A time sampler `(key, shape) -> t`.
 
     Raises:
-      ValueError: if `std` is not positive.
+      ValueError: if `mean` or `std` is no finite number, or `std` not positive.
 
     Example:
       >>> t = logit_normal(0.0, 1.0)(jax.random.key(0), (128,))
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
     """
-    if std <= 0:
+    _check_finite("mean", mean)
+    _check_finite("std", std)
+    if is_concrete(std) and not std > 0:
         raise ValueError(f"std must be positive; got {std}. The usual value is 1.")
 
     def times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -65,11 +71,22 @@ def edm_skewed(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-4) -> Tim
       A time sampler `(key, shape) -> t`.
 
     Raises:
-      ValueError: if `std` is not positive or `t_min` lies outside [0, 1).
+      ValueError: if `mean` or `std` is no finite number, `std` is not positive, or `t_min` lies
+        outside [0, 1).
 
     Source: Karras et al. 2022, arXiv 2206.00364, table 1.
     """
+    _check_finite("mean", mean)
     if not 0 <= t_min < 1:
         raise ValueError(f"t_min must lie in [0, 1); got {t_min}. The usual value is 1e-4.")
     times = logit_normal(-mean, std)
     return lambda key, shape: jnp.clip(times(key, shape), t_min, 1.0)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    number = isinstance(value, int | float | np.number | jax.Array) and np.shape(value) == ()
+    if not number or (is_concrete(value) and not math.isfinite(value)):
+        raise ValueError(
+            f"{name} must be a finite number; got {kind(value)}. logit_normal(mean, std) makes a "
+            "sampler: logit_normal()(key, shape)."
+        )

@@ -22,6 +22,24 @@ def test_the_combination(scale, factor):
         np.testing.assert_array_equal(jit(velocity)(t, X), factor * 0.5 * X)
 
 
+def test_a_scale_for_each_example():
+    """As many examples as dimensions: the last axis would broadcast without an error."""
+    x = X[:, :2]
+    for scale in (jnp.array([1.0, 3.0]), [1, 3], np.array([1.0, 3.0])):
+        velocity = fm.classifier_free_guidance(lambda t, x: 2 * x, lambda t, x: x, scale)
+        for call in (velocity, jit(velocity)):
+            got = call(jnp.zeros(()), x)
+            np.testing.assert_array_equal(got, np.array([[2.0], [4.0]]) * x)
+    images = jnp.ones((2, 2, 2, 2))
+    np.testing.assert_array_equal(velocity(jnp.zeros(2), images)[:, 0, 0, 0], [2.0, 4.0])
+    for scale in (jnp.ones((2, 1)), jnp.ones(3), jnp.ones((2, 2))):
+        velocity = fm.classifier_free_guidance(lambda t, x: 2 * x, lambda t, x: x, scale)
+        with pytest.raises(ValueError, match=r"scale must be a number or \[batch\]"):
+            velocity(jnp.zeros(()), x)
+    with pytest.raises(ValueError, match="scale must be floating; got complex"):
+        fm.classifier_free_guidance(lambda t, x: x, lambda t, x: x, 1j)
+
+
 def test_times_of_a_batch_reach_both():
     velocity = fm.classifier_free_guidance(
         lambda t, x: x + t[:, None], lambda t, x: x - t[:, None], 2.0
@@ -31,7 +49,9 @@ def test_times_of_a_batch_reach_both():
 
 def test_bfloat16_is_kept():
     velocity = fm.classifier_free_guidance(lambda t, x: 2 * x, lambda t, x: x, 3.0)
-    assert velocity(jnp.zeros(()), X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    got = velocity(jnp.zeros(()), X.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got.astype(jnp.float32), 4 * X)  # a difference in float32
 
 
 @pytest.mark.parametrize("name", ["cond_ot", "vp", "cosine"])

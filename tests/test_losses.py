@@ -49,8 +49,10 @@ def test_zero_at_the_target_and_one_call():
 def test_shapes_must_agree():
     sample = path_sample((4, 3))
     for wrong in (lambda t, x: x[:, :1], lambda t, x: x[0], lambda t, x: x[None]):
-        with pytest.raises(ValueError, match="the velocity and its target u_t must have one shape"):
+        with pytest.raises(ValueError, match=r"the velocity must return .* shape \(4, 3\)"):
             fm.cfm_loss(wrong, sample)
+    with pytest.raises(ValueError, match="x_t and u_t must have one shape"):
+        fm.cfm_loss(lambda t, x: x, sample._replace(u_t=sample.u_t[:, :1]))
 
 
 def test_at_least_float32():

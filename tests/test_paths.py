@@ -231,9 +231,32 @@ def test_wrong_shapes_and_settings_are_refused():
         lambda: fm.vp(beta_min=0.0),
         lambda: fm.vp(beta_min=2.0, beta_max=1.0),
         lambda: fm.polynomial(0),
+        *(lambda f=f: f(float("nan")) for f in (fm.cond_ot, fm.vp, fm.polynomial)),
+        lambda: fm.polynomial(np.inf),
     ):
         with pytest.raises(ValueError, match="must"):
             make()
+    for t in (-0.1, 1.1, np.nan, np.array([0.5, 0.5, 0.5, 500.0])):
+        for function in takes_t:
+            with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+                function(t)
+
+
+@pytest.mark.parametrize("n", [0.1, 0.5, 1.0, 1.5, 2, 7])
+def test_polynomial_keeps_its_digits_near_both_ends(n):
+    """Values and slopes in float32, against float64: 1 - t^n loses them where t^n is near 1."""
+    path = fm.polynomial(n)
+    t = jnp.array([0.0, 1e-6, 1e-3, 0.4, 0.6, 0.999, 1 - 1e-6, 1.0], jnp.float32)
+    exact = np.asarray(t, np.longdouble)
+    with np.errstate(divide="ignore"):
+        log = np.log(exact)
+        slope = n * np.exp((n - 1) * log) if n != 1 else np.ones_like(log)
+    for function, value, sign in ((path.alpha, exact**n, 1), (path.sigma, -np.expm1(n * log), -1)):
+        got, dot = jax.jvp(function, (t,), (jnp.ones_like(t),))
+        tiny = float(jnp.finfo(jnp.float32).tiny)
+        np.testing.assert_allclose(got, value.astype(np.float64), rtol=2e-6, atol=tiny)
+        np.testing.assert_allclose(dot, sign * slope.astype(np.float64), rtol=2e-6, atol=tiny)
+        np.testing.assert_array_equal(jit(lambda t, f=function: f(t))(t), got)
 
 
 @all_paths

@@ -9,6 +9,7 @@ from oracles import gaussian_flow, jit, whitened_normal
 from oracles import x64 as x64
 
 import fmjax as fm
+from fmjax import lanes
 
 SOLVERS = {
     "euler": (diffrax.Euler(), 1),
@@ -68,6 +69,12 @@ def test_order_of_convergence(name, x64):
     np.testing.assert_allclose(-slope, order, atol=0.3)
 
 
+SOLVERS_OF_DIFFRAX = [
+    getattr(diffrax, name)()
+    for name in ("Bosh3", "Dopri5", "Dopri8", "Heun", "Midpoint", "Ralston", "Tsit5")
+]
+
+
 class Counter:
     """Counts the calls of a velocity as it runs, inside a compiled solve as well."""
 
@@ -100,6 +107,36 @@ def test_num_evaluations_is_the_number_of_calls(name, adaptive):
     assert got == velocity.count
     if not adaptive:
         assert got == {"euler": 10, "heun": 20, "midpoint": 20, "tsit5": 61, "dopri5": 61}[name]
+
+
+@pytest.mark.parametrize("solver", SOLVERS_OF_DIFFRAX, ids=lambda s: type(s).__name__)
+def test_evaluations_with_rejected_first_steps_are_counted(solver):
+    """A first step rejected again and again evaluates its first stage each time, FSAL or not."""
+
+    # A first step of a tenth is twenty times too long.
+    forwards, backwards = Counter(lambda t, x: -200 * x), Counter(lambda t, x: 200 * x)
+    coarse = diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    how = {"solver": solver, "stepsize_controller": coarse}
+    got = jit(lambda x: fm.integrate(forwards, x, **how).num_evaluations)(X)
+    of_log_prob = jit(lambda x: fm.integrate_log_prob(backwards, x, **how).num_evaluations)(X)
+    jax.effects_barrier()
+    assert (int(got), int(of_log_prob)) == (forwards.count, backwards.count)
+
+
+def test_jump_times_are_stepped_to_and_counted():
+    """Errors of the default at a jump are many tolerances; a step that ends on it has none."""
+    half = jnp.array([0.5])
+    jumps = diffrax.ClipStepSizeController(FINE, jump_ts=half)
+    for t0, t1 in ((0.0, 1.0), (1.0, 0.0)):
+        velocity = Counter(lambda t, x: jnp.where(t < 0.5, -1.0, 1.0) * x)
+        got = jit(
+            lambda x, v=velocity, t0=t0, t1=t1: fm.integrate(
+                v, x, t0=t0, t1=t1, stepsize_controller=jumps
+            )
+        )(X)
+        jax.effects_barrier()
+        assert int(got.num_evaluations) == velocity.count
+        np.testing.assert_allclose(got.x[-1], X, rtol=2e-6)
 
 
 def test_the_jump_makes_rejected_steps():
@@ -214,17 +251,42 @@ def test_errors_of_use():
     refused("excludes stepsize_controller", num_steps=5, stepsize_controller=FINE)
     refused("num_steps must be at least 1", num_steps=0)
     refused("Euler has no error estimate", solver=diffrax.Euler())
-    refused("by num_steps", stepsize_controller=diffrax.ConstantStepSize())
+    refused("by num_steps; got ConstantStepSize", stepsize_controller=diffrax.ConstantStepSize())
     refused("explicit Runge-Kutta", solver=diffrax.Kvaerno3())
     refused("explicit Runge-Kutta", solver=diffrax.ImplicitEuler(), num_steps=5)
-    jumps = diffrax.ClipStepSizeController(FINE, jump_ts=jnp.array([0.5]))
-    refused("jump_ts", stepsize_controller=jumps)
+    for solver in (diffrax.HalfSolver(diffrax.Euler()), diffrax.HalfSolver(diffrax.Tsit5())):
+        refused("explicit Runge-Kutta.*got HalfSolver", solver=solver)
     refused("t0 and t1 must differ", t0=0.5, t1=0.5)
+    refused("t0 and t1 must differ, in float32 too", t0=1.0, t1=1.0 + 1e-9)
+    refused("t0 must be a single real number", t0=jnp.zeros(3))
+    refused("t1 must be a single real number", t1=1j)
     for ts in ([0.0, 0.7, 0.3], [-0.1, 0.5], [0.5, 1.1]):
         refused("must run in order from t0 = 0.0 to t1 = 1.0", ts=jnp.array(ts))
     refused("must run in order from t0 = 1.0", t0=1.0, t1=0.0, ts=jnp.array([0.0, 1.0]))
     for ts in (jnp.array(0.5), jnp.zeros((0,)), jnp.zeros((2, 2))):
         refused("ts must be a vector", ts=ts)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob, lanes.sample_each, lanes.log_prob_each])
+def test_no_bound_of_a_solve_is_nan(solve):
+    for how in ({"t1": NAN}, {"t0": NAN}, {"t1": np.inf}):
+        with pytest.raises(ValueError, match="t0 and t1 must be finite"):
+            solve(growth, X, **how)
+    controller = diffrax.PIDController(rtol=NAN, atol=1e-5)
+    with pytest.raises(ValueError, match="stepsize_controller must have no NaN"):
+        solve(growth, X, stepsize_controller=controller)
+    # Where its value is not known in time, the solve itself says so.
+    with pytest.raises(RuntimeError, match="an end of the interval is not finite"):
+        jax.block_until_ready(jit(lambda t: solve(growth, X, t1=t))(NAN))
+
+
+def test_no_time_that_is_wanted_is_nan():
+    for ts in ([0.0, NAN, 1.0], [NAN], [0.0, 1.0, NAN]):
+        with pytest.raises(ValueError, match="ts must run in order"):
+            fm.integrate(growth, X, ts=jnp.array(ts))
 
 
 def bad_after(t_bad, value):
@@ -233,10 +295,10 @@ def bad_after(t_bad, value):
 
 # An adaptive solve narrows down to the time itself, fixed steps to the step of 0.1.
 FAILURES = {
-    "nan": (bad_after(0.374, jnp.nan), {}, "between t = 0.37 and t = 0.38: the state or the vel"),
-    "inf": (bad_after(0.374, jnp.inf), {}, "between t = 0.37 and t = 0.38: the state or the vel"),
-    "fixed": (bad_after(0.55, jnp.nan), {"num_steps": 10}, r"t = 0\.(5|6).*: the state or the vel"),
-    "steps": (bad_after(0.5, -1e3), {"max_steps": 40}, r"t = 0\.(49|5).*: max_steps = 40 were"),
+    "nan": (bad_after(0.374, jnp.nan), {}, r"stopped at t = 0\.374: the state, the vel"),
+    "inf": (bad_after(0.374, jnp.inf), {}, r"stopped at t = 0\.374: the state, the vel"),
+    "fixed": (bad_after(0.55, jnp.nan), {"num_steps": 10}, r"t = 0\.(5|6): the state, the vel"),
+    "steps": (bad_after(0.5, -1e3), {"max_steps": 40}, r"t = 0\.(49|5)\d*: max_steps = 40 were"),
 }
 
 
@@ -256,8 +318,92 @@ def test_failures_backwards_in_time():
     def until(t, x):
         return jnp.where(t < 0.374, jnp.nan, velocity(t, x))
 
-    with pytest.raises(RuntimeError, match="between t = 0.38 and t = 0.37"):
-        jax.block_until_ready(jit(lambda x: fm.sample(until, x, t0=1.0, t1=0.0))(X))
+    solve = lambda x: fm.sample(until, x, t0=1.0, t1=0.0)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"stopped at t = 0\.374"):
+        jax.block_until_ready(jit(solve)(X))
+    with pytest.raises(RuntimeError, match=r"stopped at t = 0\.374"):
+        jax.block_until_ready(jit(jax.vmap(lambda x: solve(x[None])))(X))
+
+
+def test_a_failure_under_grad_is_named():
+    velocity = bad_after(0.374, jnp.nan)
+    with pytest.raises(RuntimeError, match=r"stopped at t = 0\.374"):
+        jax.block_until_ready(jit(jax.grad(lambda x: fm.sample(velocity, x).sum()))(X))
+
+
+@pytest.mark.parametrize("length", [1e-2, 1e-6])
+@pytest.mark.parametrize("solve", [fm.sample, lanes.sample_each])
+def test_a_short_interval_is_no_stall(length, solve):
+    """x = exp((1 - cos 30) / 3) at the end of 30 radians, however short they are made."""
+    rate = 30 / length
+
+    def velocity(t, x):
+        return rate / 3 * jnp.sin(rate * t) * x
+
+    x1 = jit(lambda x: solve(velocity, x, t1=length))(X)
+    np.testing.assert_allclose(x1, np.exp((1 - np.cos(30)) / 3) * X, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solve", [fm.sample, lanes.sample_each])
+def test_fine_structure_near_the_start_is_no_stall(solve):
+    """Steps are far below 1e-6 at first, and the solve arrives; its end is off by the tolerance.
+
+    The root is resolved from 1e-9 on, where one step covers many orders of magnitude of t.
+    """
+    slope = lambda t, x: 0.5 / jnp.sqrt(t) * jnp.ones_like(x)  # noqa: E731
+    x1 = jit(lambda x: solve(slope, x, t0=1e-9))(X)
+    np.testing.assert_allclose(x1, X + 1 - np.sqrt(1e-9), atol=2e-3)  # Diffrax's own is 9e-4 off
+
+
+TRACED = {"adaptive": {}, "equal steps": {"num_steps": 16}}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_ends_may_be_traced(name):
+    """dx/dt = -x / 2: under jit, vmap and grad, in both ends, forwards and backwards."""
+    decay, how = (lambda t, x: -0.5 * x), TRACED[name]
+
+    def end(t0, t1):
+        return fm.sample(decay, X, t0=t0, t1=t1, **how)
+
+    for t0, t1 in ((0.0, 0.5), (1.0, 0.25)):
+        want = np.exp(-0.5 * (t1 - t0)) * X
+        np.testing.assert_allclose(jit(end)(t0, t1), want, rtol=1e-5)
+        of_t0, of_t1 = jit(jax.jacrev(end, (0, 1)))(t0, t1)
+        np.testing.assert_allclose(of_t1, -0.5 * want, rtol=2e-5)
+        np.testing.assert_allclose(of_t0, 0.5 * want, rtol=2e-5)
+    t1 = jnp.array([0.5, 1.0, 2.0])
+    many = jit(jax.vmap(end, (None, 0)))(0.0, t1)
+    np.testing.assert_allclose(many, np.exp(-0.5 * t1)[:, None, None] * X[None], rtol=1e-5)
+    log_p = jit(lambda t0: fm.log_prob(decay, X, t0=t0, **how))(0.5)
+    want = fm.standard_normal_log_prob(np.exp(0.25) * X) + 0.5 * 0.5 * 2
+    np.testing.assert_allclose(log_p, want, rtol=1e-5)
+    if name == "adaptive":  # an interval of no length ends where it starts
+        np.testing.assert_array_equal(jit(end)(0.5, 0.5), X)
+
+
+def test_ends_of_each_may_be_traced():
+    solve = jit(lambda t0, t1: lanes.sample_each(growth, X, t0=t0, t1=t1))
+    for t0, t1 in ((0.2, 0.9), (0.9, 0.2)):
+        want = np.exp(np.sin(t1) - np.sin(t0)) * X
+        np.testing.assert_allclose(solve(t0, t1), want, rtol=1e-4)
+
+
+def test_gradients_in_ts_are_the_velocity():
+    """At both ends too, where a clip would halve them."""
+    ts = jnp.array([0.0, 0.5, 1.0])
+    states = lambda ts: fm.integrate(growth, X, ts=ts, num_steps=32).x[:, 0, 0]  # noqa: E731
+    got = jnp.diag(jit(jax.jacrev(states))(ts))
+    want = np.cos(ts) * np.exp(np.sin(ts)) * X[0, 0]
+    np.testing.assert_allclose(got, want, rtol=1e-3)  # the slope of an interpolant
+
+
+def test_backsolve_adjoint():
+    """Diffrax's adjoints pass through: the gradient by solving back in time."""
+    adjoint = diffrax.BacksolveAdjoint()
+    total = lambda x: fm.sample(growth, x, adjoint=adjoint).sum()  # noqa: E731
+    want = np.full_like(X, np.exp(np.sin(1.0)))
+    np.testing.assert_allclose(jit(jax.grad(total))(X), want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"num_steps": 8}, {"stepsize_controller": FINE}])
@@ -285,7 +431,7 @@ def test_forward_mode_with_the_direct_adjoint():
 @pytest.mark.parametrize("solve", [fm.sample, fm.log_prob])
 @pytest.mark.parametrize("velocity", [lambda t, x: x[:, :1], lambda t, x: x[0], lambda t, x: 1.0])
 def test_a_velocity_of_another_shape_is_refused_not_broadcast(solve, velocity):
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the velocity must return a floating array of the shape"):
         solve(velocity, jnp.ones((2, 2)), num_steps=1)
 
 

@@ -79,6 +79,10 @@ def test_errors():
     for make in (lambda: fm.logit_normal(std=0.0), lambda: fm.edm_skewed(std=-1.0)):
         with pytest.raises(ValueError, match="std must be positive"):
             make()
-    for t_min in (-0.1, 1.0):
+    for how in ({"std": np.nan}, {"std": np.inf}, {"mean": np.nan}, {"mean": "a"}, {"mean": None}):
+        for make in (fm.logit_normal, fm.edm_skewed):
+            with pytest.raises(ValueError, match="must be a finite number"):
+                make(**how)
+    for t_min in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match="t_min must lie in"):
             fm.edm_skewed(t_min=t_min)
