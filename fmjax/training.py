@@ -7,6 +7,9 @@ At step n, with parameters p_n, a batch B and the key k_n = fold_in(key, n):
     e_{n+1} = d_n e_n + (1 - d_n) p_{n+1},   e_0 = p_0   (exponential moving average, EMA)
     d_n     = min(ema_decay, (1 + n) / (10 + n))         (warmed, unless a schedule is given)
 
+The average is kept in at least float32: 1 - d_n is far below the spacing of half precision, in
+which it would stand still.
+
 Since k_n depends on the key and the step alone, the state holds nothing random: a restored run
 draws what the run that never stopped would have drawn.
 
@@ -18,12 +21,15 @@ is the mean.
 Nothing here is jitted; see `fmjax.sharding` for one device or many.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from .types import at_least_float32, kind, returned
 
 
 class TrainState(NamedTuple):
@@ -32,7 +38,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: steps done so far, int32 `[]`.
       params: parameters, any pytree of floating-point arrays.
-      ema_params: their exponential moving average, the same pytree.
+      ema_params: their exponential moving average, the same pytree in at least float32.
       opt_state: the state of the Optax transformation.
     """
 
@@ -77,13 +83,26 @@ def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainStat
       A `TrainState`. For a mesh, call it under
       `jax.jit(..., out_shardings=sharding.replicated(mesh))`.
 
+    Raises:
+      ValueError: if a leaf of `params` is no floating-point array, which is named, or `tx` is no
+        Optax transformation.
+
     Example:
       >>> state = init_train_state({"w": jnp.zeros(2)}, adam(1e-3))
       >>> int(state.step)
       0
     """
+    _check_transformation(tx)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+            raise ValueError(
+                "params must be a pytree of floating-point arrays; got "
+                f"{kind(leaf)} at params{jax.tree_util.keystr(path)}. Of an Equinox model take the "
+                "arrays: params, static = eqx.partition(model, eqx.is_inexact_array)."
+            )
     # Copies: a donated state must not hold one buffer twice, nor take the caller's own.
-    params, ema_params = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), params)
+    ema_params = jax.tree.map(lambda leaf: jnp.copy(at_least_float32(leaf)), params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
 
 
@@ -114,7 +133,8 @@ def make_train_step(
       The step. Its metrics are `Metrics(loss, gradient_norm, learning_rate)`.
 
     Raises:
-      ValueError: if a float `ema_decay` lies outside [0, 1].
+      ValueError: if a float `ema_decay` lies outside [0, 1], or `tx` is no Optax transformation; by
+        the step, if the loss or a schedule's decay is no floating scalar.
 
     Example:
       >>> def loss_fn(params, key, x):
@@ -127,13 +147,15 @@ def make_train_step(
       1.0
     """
     ema_weight = _ema_weight(ema_decay)
+    _check_transformation(tx)
     tx = optax.with_extra_args_support(tx)  # `value` is for those that look at the loss
 
     def mean(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def global_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
-        return mean(loss_fn(params, key, batch))
+        fix = "It is the mean over the batch: jnp.mean(losses)."
+        return mean(returned("loss_fn", loss_fn(params, key, batch), (), fix))
 
     def train_step(state: TrainState, key: jax.Array, batch: Any) -> tuple[TrainState, Metrics]:
         key_step = jax.random.fold_in(key, state.step)
@@ -145,11 +167,13 @@ def make_train_step(
         gradients = mean(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, ema_weight(state.step))
-        # A schedule's float32 decay would turn a bfloat16 average into a float32 one.
+        wide = optax.tree.cast_like(params, state.ema_params)
+        ema_params = optax.incremental_update(wide, state.ema_params, ema_weight(state.step))
+        # A schedule's decay in another dtype would change the average's.
         ema_params = optax.tree.cast_like(ema_params, state.ema_params)
+        norm = optax.tree.norm(jax.tree.map(at_least_float32, gradients))
         # Optax records in the new state the rate that it has just used.
-        values = (loss, optax.tree.norm(gradients), _learning_rate(opt_state))
+        values = (loss, norm, _learning_rate(opt_state))
         metrics = Metrics(*(jnp.asarray(value, jnp.float32) for value in values))
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
@@ -194,25 +218,32 @@ def adam(
 
     The rate of step n is learning_rate * min(n / warmup_steps, 1): zero at the first step of a
     warm-up. It is computed from the step at every step, so a restored run follows the rate that it
-    is given, not the one in the checkpoint.
+    is given, not the one in the checkpoint. Norms and moments are taken in at least float32,
+    whatever the parameters' dtype.
 
     Args:
-      learning_rate: the rate after the warm-up.
+      learning_rate: the rate after the warm-up, finite and not negative.
       warmup_steps: steps from zero to `learning_rate`; 0 for a constant rate.
-      clip_norm: the largest global L2 norm that a gradient keeps; None for no clipping.
+      clip_norm: the largest global L2 norm that a gradient keeps, positive; None for no clipping.
 
     Returns:
       An Optax transformation with Adam's default decays (0.9, 0.999).
 
     Raises:
-      ValueError: if `warmup_steps` is negative.
+      ValueError: if an argument is NaN or out of these bounds.
 
     Example:
       >>> tx = adam(2e-4, warmup_steps=5000, clip_norm=1.0)
     """
+    if not 0 <= warmup_steps < math.inf:
+        raise ValueError(
+            f"warmup_steps must be finite and not negative; got {warmup_steps}. 0 is no warm-up."
+        )
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be finite, 0 or more; got {learning_rate}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive; got {clip_norm}. None is no clipping.")
     # optax.linear_schedule over zero steps would stay at its first value, zero.
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps can't be negative; got {warmup_steps}. 0 is no warm-up.")
     schedule = (
         optax.linear_schedule(0.0, learning_rate, warmup_steps)
         if warmup_steps
@@ -221,13 +252,38 @@ def adam(
     # Static decays are kept out of the state, hence out of the checkpoints.
     inject = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-    return optax.chain(clip, inject(learning_rate=schedule))
+    return _in_float32(optax.chain(clip, inject(learning_rate=schedule)))
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` on gradients and parameters in at least float32: moments in half precision stand still.
+
+    `optax.apply_updates` casts the updates back.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(at_least_float32, tree)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        params = None if params is None else wide(params)
+        return tx.update(wide(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(wide(params)), update)
+
+
+def _check_transformation(tx: Any) -> None:
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"tx must be an Optax transformation; got {kind(tx)}. A function such as optax.adam "
+            "makes one: optax.adam(1e-3)."
+        )
 
 
 def _ema_weight(ema_decay: float | optax.Schedule) -> Callable[[jax.Array], jax.typing.ArrayLike]:
     """1 - d_n as a function of n: the weight of the new parameters in the average."""
     if callable(ema_decay):
-        return lambda step: 1.0 - ema_decay(step)
+        return lambda step: 1.0 - returned("ema_decay", 1.0 * ema_decay(step), ())
     if not 0.0 <= ema_decay <= 1.0:
         raise ValueError(
             f"ema_decay must lie in [0, 1]; got {ema_decay}. Slow averages stand close to 1, as "

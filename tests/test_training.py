@@ -156,13 +156,109 @@ def test_the_step_is_traced_once_and_jit_equals_eager():
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, lambda step: jnp.asarray(0.9, jnp.float32)])
-def test_dtypes_are_kept(ema_decay):
+def test_dtypes_are_kept_and_the_average_is_in_float32(ema_decay):
     tx = training.adam(1e-2)
     state = training.init_train_state({"w": jnp.zeros(2, jnp.bfloat16)}, tx)
     step = training.make_train_step(linear_loss, tx, ema_decay=ema_decay)
     new_state, _ = jax.eval_shape(step, state, KEY, jnp.ones((4, 2), jnp.bfloat16))
     jax.tree.map(lambda new, old: np.testing.assert_equal(new.dtype, old.dtype), new_state, state)
-    assert state.ema_params["w"].dtype == jnp.bfloat16 and state.step.dtype == jnp.int32
+    assert state.params["w"].dtype == jnp.bfloat16 and state.step.dtype == jnp.int32
+    assert state.ema_params["w"].dtype == jnp.float32
+    assert optax.tree.get(state.opt_state, "nu")["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
+def test_a_slow_average_of_any_dtype_moves(dtype):
+    """From 1 towards 1.5 with decay 0.999: after n steps it is 1.5 - 0.5 * 0.999^n."""
+    tx, num_steps = optax.sgd(0.0), 2000
+    decay = optax.constant_schedule(0.999)
+    with jax.enable_x64(dtype == jnp.float64):
+        step = training.make_train_step(linear_loss, tx, ema_decay=decay)
+        state = training.init_train_state({"w": jnp.ones(2, dtype)}, tx)
+        state = state._replace(params={"w": jnp.full(2, 1.5, dtype)})
+        advance = jax.jit(
+            lambda s: jax.lax.fori_loop(
+                0, num_steps, lambda i, s: step(s, KEY, jnp.ones((4, 2), dtype))[0], s
+            )
+        )
+        average = advance(state).ema_params["w"]
+        assert average.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    np.testing.assert_allclose(average, 1.5 - 0.5 * 0.999**num_steps, rtol=2e-5)
+
+
+def test_adams_moments_in_half_precision_are_those_of_float32():
+    """A second moment of decay 0.999 stands still in bfloat16; a norm of 300 overflows float16."""
+
+    def loss(params, key, batch):
+        return jnp.mean((batch @ params["w"]).astype(jnp.float32))
+
+    def run(dtype):
+        tx = training.adam(0.0, clip_norm=1.0)
+        state = training.init_train_state({"w": jnp.ones(2, dtype)}, tx)
+        step = jax.jit(training.make_train_step(loss, tx))
+        for _ in range(30):
+            state, metrics = step(state, KEY, jnp.full((4, 2), 300.0, dtype))
+        return optax.tree.get(state.opt_state, "nu")["w"], metrics.gradient_norm
+
+    # Clipped to norm 1, each entry is 1 / sqrt(2): nu = (1 - 0.999^30) / 2.
+    for dtype in (jnp.bfloat16, jnp.float16):
+        nu, norm = run(dtype)
+        np.testing.assert_allclose(nu, (1 - 0.999**30) / 2, rtol=1e-5)
+        np.testing.assert_allclose(norm, 300 * np.sqrt(2), rtol=1e-6)
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    tx = optax.sgd(0.1)
+    state = training.init_train_state({"w": jnp.zeros(2)}, tx)
+    for value, got in (
+        (lambda p: p["w"], r"float32 \(2,\)"),
+        (lambda p: (p["w"].sum(), {}), "a tuple of 2"),
+        (lambda p: None, "None"),
+        (lambda p: p["w"].sum() * 1j, "complex64"),
+        (lambda p: p["w"].sum().astype(int), "int32"),
+    ):
+        step = training.make_train_step(lambda params, key, batch, f=value: f(params), tx)
+        with pytest.raises(ValueError, match=rf"loss_fn must return .* \(\); got .*{got}"):
+            step(state, KEY, None)
+    vector = training.make_train_step(linear_loss, tx, ema_decay=lambda n: jnp.ones(2))
+    with pytest.raises(ValueError, match="ema_decay must return"):
+        vector(state, KEY, jnp.ones((4, 2)))
+
+
+def test_what_is_no_tree_of_floats_or_no_transformation_is_refused():
+    tx = optax.sgd(0.1)
+    for params, where in (
+        ({"a": {"f": jnp.sin}}, r"the function sin at params\['a'\]\['f'\]"),
+        ([jnp.ones(2), jnp.arange(3)], r"int32 \(3,\) at params\[1\]"),
+        ({"n": 3}, "3 at"),
+        ({"z": jnp.ones(2, jnp.complex64)}, "complex64"),
+    ):
+        with pytest.raises(ValueError, match=f"{where}.*eqx.partition"):
+            training.init_train_state(params, tx)
+    with pytest.raises(ValueError, match=r"the function adam.*optax.adam\(1e-3\)"):
+        training.init_train_state({"w": jnp.zeros(2)}, optax.adam)
+    with pytest.raises(ValueError, match="the function adam"):
+        training.make_train_step(linear_loss, training.adam)
+    state = training.init_train_state({"w": 1.0}, tx)  # a Python float is one
+    assert state.params["w"].dtype == jnp.float32 and not state.params["w"].weak_type
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"learning_rate": np.nan},
+        {"learning_rate": -1e-3},
+        {"learning_rate": 1e-3, "warmup_steps": np.nan},
+        {"learning_rate": 1e-3, "warmup_steps": -1},
+        {"learning_rate": 1e-3, "clip_norm": np.nan},
+        {"learning_rate": 1e-3, "clip_norm": 0.0},
+    ],
+)
+def test_adams_bounds(how):
+    with pytest.raises(ValueError, match=f"{list(how)[-1]} must be"):
+        training.adam(**how)
+    with pytest.raises(ValueError, match="ema_decay must lie"):
+        training.make_train_step(linear_loss, optax.sgd(0.1), ema_decay=np.nan)
 
 
 def test_the_key_of_a_step_is_the_key_folded_with_the_step():
