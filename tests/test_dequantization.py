@@ -15,7 +15,7 @@ from scipy import stats
 
 import fmjax as fm
 from experiments import densities
-from fmjax import dequantization
+from fmjax import dequantization, pixels
 
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 3)
@@ -54,6 +54,19 @@ def log_weights(log_prob, dequantizer, images, num_draws):
         return log_prob(x) - log_q
 
     return jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(KEY, num_draws))
+
+
+@pytest.mark.parametrize(
+    "make", [dequantization.uniform_dequantizer, dequantization.truncated_normal_dequantizer]
+)
+def test_another_range_is_the_same_draw_moved(make):
+    """x' = low + (high - low) (x + 1) / 2; its density is lower by the slope in each dimension."""
+    images, (low, high) = jnp.full((2, *SHAPE), 255, jnp.uint8), pixels.centred_range()
+    x, log_q = make()(KEY, images)
+    moved, log_q_moved = make(low=low, high=high)(KEY, images)
+    slope = (high - low) / 2
+    np.testing.assert_allclose(moved, low + slope * (x + 1), atol=1e-6)
+    np.testing.assert_allclose(log_q_moved, log_q - DIM * np.log(slope), rtol=1e-5)
 
 
 DEQUANTIZERS = {
