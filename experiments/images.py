@@ -44,6 +44,10 @@ class UNetConfig:
     """Whether time scales and shifts the normalised features, or is added to them."""
     conv_resample: bool = True
     """Whether to resample by convolutions, or by pooling and repetition."""
+    num_groups: int | None = None
+    """Groups of the normalisations; up to 32 with at least four channels in each without it."""
+    time_scale: float = 1000.0
+    """What times are multiplied by before their embedding."""
 
 
 @dataclasses.dataclass(frozen=True)

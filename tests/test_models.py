@@ -315,6 +315,29 @@ def test_groups_divide_the_channels_and_are_never_single_channels():
         assert groups == 1 or channels // groups >= 4
 
 
+def test_the_number_of_groups_is_an_attribute():
+    """32 groups, as in the published networks, wherever they divide the width: at 32, 64, 96."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 96)), jnp.float32)
+    norm = layers.group_norm(96, jnp.float32, jnp.float32, 32)
+    got, _ = norm.init_with_output(jax.random.key(0), x)
+    grouped = np.asarray(x, np.float64).reshape(1, 4, 4, 32, 3)
+    mean, std = (f(axis=(1, 2, 4), keepdims=True) for f in (grouped.mean, grouped.std))
+    np.testing.assert_allclose(got, ((grouped - mean) / std).reshape(x.shape), atol=1e-4)
+
+    model = models.UNet(channels=32, channel_multipliers=(1, 3), attention_resolutions=(4,))
+    image = jnp.zeros((1, 8, 8, 3))
+    shapes = [
+        jax.eval_shape(lambda k, m=m: m.init(k, jnp.zeros(()), image), jax.random.key(0))
+        for m in (model, model.clone(num_groups=32))
+    ]
+    assert jax.tree.map(lambda a: a.shape, shapes[0]) == jax.tree.map(lambda a: a.shape, shapes[1])
+    text = str(jax.make_jaxpr(lambda p: model.clone(num_groups=32).apply(p, 0.5, image))(shapes[1]))
+    assert ",32,3]" in text and ",24,4]" not in text  # 96 channels in groups of 3, nowhere of 4
+    for groups in (0, -1, 5, 64):
+        with pytest.raises(ValueError, match=f"num_groups={groups}. None takes 8"):
+            model.clone(num_groups=groups).init(jax.random.key(0), jnp.zeros(()), image)
+
+
 def test_group_statistics_are_float32_under_bfloat16():
     x = 8 + np.random.default_rng(0).normal(size=(2, 32, 32, 4))
     x = jnp.asarray(x, jnp.bfloat16)

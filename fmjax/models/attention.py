@@ -50,17 +50,20 @@ class Attention(nn.Module):
       num_heads: into how many heads the channels are divided.
       dtype: of the computation; the softmax is taken in at least float32.
       param_dtype: of the parameters.
+      num_groups: of the normalisation; None for `layers.num_groups(channels)`.
     """
 
     num_heads: int
     dtype: DTypeLike
     param_dtype: DTypeLike
+    num_groups: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtypes = layers.Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         batch, height, width, channels = x.shape
-        h = layers.group_norm(channels, **dtypes)(x).reshape(batch, height * width, channels)
+        norm = layers.group_norm(channels, groups=self.num_groups, **dtypes)
+        h = norm(x).reshape(batch, height * width, channels)
         q, k, v = (
             a.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
             for a in jnp.split(nn.Dense(3 * channels, **dtypes)(h), 3, axis=-1)

@@ -145,9 +145,21 @@ conv3x3 = functools.partial(
 )
 
 
-def group_norm(channels: int, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.GroupNorm:
-    """GroupNorm over `channels`, whose mean and variance are taken in at least float32."""
-    return nn.GroupNorm(num_groups(channels), epsilon=1e-5, dtype=dtype, param_dtype=param_dtype)
+def group_norm(
+    channels: int, dtype: DTypeLike, param_dtype: DTypeLike, groups: int | None = None
+) -> nn.GroupNorm:
+    """GroupNorm over `channels`, whose mean and variance are taken in at least float32.
+
+    Raises:
+      ValueError: if `groups` does not divide the channels; None takes `num_groups(channels)`.
+    """
+    groups = num_groups(channels) if groups is None else groups
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"num_groups must divide the channels of every block; got {channels} channels and "
+            f"num_groups={groups}. None takes {num_groups(channels)} there."
+        )
+    return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype)
 
 
 class ResBlock(nn.Module):
@@ -160,6 +172,7 @@ class ResBlock(nn.Module):
         and Nichol 2021, "AdaGN") instead of being added to its input.
       dtype: of the computation.
       param_dtype: of the parameters.
+      num_groups: of the normalisations; None for `num_groups(channels)`.
     """
 
     channels: int
@@ -167,13 +180,14 @@ class ResBlock(nn.Module):
     scale_shift_norm: bool
     dtype: DTypeLike
     param_dtype: DTypeLike
+    num_groups: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
         dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         conv = functools.partial(conv3x3, self.channels, **dtypes)
-        h = conv()(nn.silu(group_norm(x.shape[-1], **dtypes)(x)))
-        norm = group_norm(self.channels, **dtypes)
+        h = conv()(nn.silu(group_norm(x.shape[-1], groups=self.num_groups, **dtypes)(x)))
+        norm = group_norm(self.channels, groups=self.num_groups, **dtypes)
         if self.scale_shift_norm:
             emb = nn.Dense(2 * self.channels, **dtypes)(emb)[:, None, None, :]
             scale, shift = jnp.split(emb, 2, axis=-1)
@@ -197,17 +211,19 @@ class Output(nn.Module):
       channels: of the image.
       dtype: of the computation before.
       param_dtype: of the parameters.
+      num_groups: of the normalisation; None for `num_groups(channels)`.
     """
 
     channels: int
     dtype: DTypeLike
     param_dtype: DTypeLike
+    num_groups: int | None = None
 
     @nn.compact
     def __call__(self, h: jax.Array, image_dtype: DTypeLike) -> jax.Array:
         wide = jnp.promote_types(self.dtype, image_dtype)
         dtypes = Dtypes(dtype=wide, param_dtype=self.param_dtype)
-        h = nn.silu(group_norm(h.shape[-1], **dtypes)(h))
+        h = nn.silu(group_norm(h.shape[-1], groups=self.num_groups, **dtypes)(h))
         zeros = nn.initializers.zeros
         h = nn.Conv(self.channels, (3, 3), padding=1, kernel_init=zeros, **dtypes)(h)
         return h.astype(image_dtype)

@@ -40,6 +40,8 @@ class UNet(nn.Module):
         added to them.
       conv_resample: resample by a strided convolution, and by repetition and a convolution;
         otherwise by 2x2 means and by repetition alone.
+      num_groups: groups of every GroupNorm, 32 in the published networks, or None: up to 32, with
+        at least four channels in each.
       time_scale: times t before the sinusoidal embedding, which was made for 0..1000. A smaller one
         makes the velocity smoother in t and an adaptive solver's steps longer.
       num_classes: None, or the number of classes; index num_classes is the null class, "no
@@ -67,6 +69,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift_norm: bool = False
     conv_resample: bool = True
+    num_groups: int | None = None
     time_scale: float = 1000.0
     num_classes: int | None = None
     remat: bool = False
@@ -101,6 +104,7 @@ class UNet(nn.Module):
         self._check_image(x)
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
         dtypes = layers.Dtypes(dtype=dtype, param_dtype=self.param_dtype)
+        norms = {**dtypes, "num_groups": self.num_groups}
         t = broadcast_time(t, x).reshape(-1)
         embedding = layers.Embedding(self.channels, self.time_scale, self.num_classes, **dtypes)
         emb = embedding(t, labels, x.shape[0])
@@ -113,14 +117,13 @@ class UNet(nn.Module):
             ResBlock, SelfAttention = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
         def res_block(h, width):
-            block = ResBlock(
-                width, self.dropout, self.scale_shift_norm, name=next(block_names), **dtypes
-            )
+            shape = (width, self.dropout, self.scale_shift_norm)
+            block = ResBlock(*shape, name=next(block_names), **norms)
             return block(h, emb, deterministic)
 
         def attention(h):
             heads = self._num_heads(h.shape[-1])
-            return SelfAttention(heads, name=next(attention_names), **dtypes)(h)
+            return SelfAttention(heads, name=next(attention_names), **norms)(h)
 
         def block(h, width):
             h = res_block(h, width)
@@ -147,7 +150,7 @@ class UNet(nn.Module):
                     width, conv_general_dilated=resample.upsampled_conv_general_dilated
                 )
                 h = upsampled_conv(h) if self.conv_resample else resample.nearest_upsample(h)
-        return layers.Output(x.shape[-1], **dtypes)(h, x.dtype)
+        return layers.Output(x.shape[-1], **norms)(h, x.dtype)
 
     def _num_heads(self, channels: int) -> int:
         name = "num_heads" if self.head_channels is None else "head_channels"
@@ -168,17 +171,26 @@ class UNet(nn.Module):
             )
         factor = 2 ** (len(self.channel_multipliers) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
+            first = x.shape[1] in (1, 3, 4) and x.shape[1] < min(x.shape[2:])
+            fix = (
+                "Are the channels first? Images are [batch, height, width, channel]: "
+                "x.transpose(0, 2, 3, 1)."
+                if first
+                else "Pad or resize the images, or take fewer levels."
+            )
             raise ValueError(
                 f"height and width must be divisible by {factor}, that is 2**(levels - 1) for "
-                f"{len(self.channel_multipliers)} channel_multipliers; got x {x.shape}. Pad or "
-                "resize the images, or take fewer levels."
+                f"{len(self.channel_multipliers)} channel_multipliers; got x {x.shape}. {fix}"
             )
 
 
 def cifar10_unet() -> UNet:
     """The CIFAR-10 network of torchcfm: 35,746,307 parameters at 32x32x3.
 
-    Heads of 64 channels make four at 16x16. A variant is a `clone`, Flax's own word.
+    Heads of 64 channels make four at 16x16. A variant is a `clone`, Flax's own word. With
+    torchcfm's weights it is torchcfm's function if `time_scale=1.0`, since torchcfm feeds t in
+    [0, 1] to the embedding, and if the rows of each `qkv`, which are ordered (head, q k v, channel)
+    there, are put in the order (q k v, head, channel).
 
     Example:
       >>> model = cifar10_unet().clone(num_classes=10, dtype=jnp.bfloat16)
@@ -198,7 +210,9 @@ def cifar10_unet() -> UNet:
 def cifar10_unet_large() -> UNet:
     """The CIFAR-10 network of Meta's flow_matching: 55,676,419 parameters at 32x32x3.
 
-    About three times the work of `cifar10_unet`. A variant is a `clone`, Flax's own word.
+    About three times the work of `cifar10_unet`. A variant is a `clone`, Flax's own word. With
+    flow_matching's weights it is flow_matching's function if `time_scale=1.0`, since that feeds t
+    in [0, 1] to the embedding; the rows of `qkv` are in the same order.
 
     Example:
       >>> model = cifar10_unet_large().clone(dtype=jnp.bfloat16)
