@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.models import resample, winograd
+from fmjax.models import resample
+from fmjax.models.cpu import winograd
 
 SHAPES = {"x": (5, 4, 6, 17), "w": (3, 3, 17, 20), "y": (5, 8, 12, 20)}  # in no two axes alike
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from fmjax.models import winograd
+from fmjax.models.cpu import winograd
 
 
 class Dtypes(TypedDict):

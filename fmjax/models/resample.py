@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmjax.models import winograd
+from fmjax.models.cpu import winograd
 
 
 def average_pool(x: jax.Array) -> jax.Array:

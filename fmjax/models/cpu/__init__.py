@@ -1,0 +1,1 @@
+"""Convolutions for a CPU, where XLA's own are slower."""
