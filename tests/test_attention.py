@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.models.attention import dot_product_attention
+from fmjax.models import kernels
+from fmjax.models.cpu.attention import attention
 
 SHAPE = (2, 9, 3, 8)
 
@@ -41,27 +42,27 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_formula_and_rounds_as_the_library_does(name):
+@pytest.mark.parametrize("ours", [kernels.attention, attention])
+def test_equals_the_formula_and_rounds_as_the_library_does(name, ours):
     case = jax.jit(CASES[name], static_argnums=0)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True):  # the library's softmax is float32 even in float64
         exact = case(formula, draw(jnp.float64))
-        if jax.default_backend() == "cpu":  # the library's softmax is float32 even in float64
-            assert relative(case(dot_product_attention, draw(jnp.float64)), exact) < 1e-14
+        assert relative(case(ours, draw(jnp.float64)), exact) < 1e-14
     arrays = draw(jnp.float32)
-    errors = [relative(case(f, arrays), exact) for f in (dot_product_attention, library)]
+    errors = [relative(case(f, arrays), exact) for f in (ours, library)]
     assert errors[0] < 2 * errors[1] < 1e-5
 
 
 def test_large_logits_neither_overflow_nor_lose_the_largest():
     q, k, v, *_ = draw(jnp.float32, scale=300.0)
-    got = dot_product_attention(q, k, v)
+    got = attention(q, k, v)
     np.testing.assert_allclose(got, library(q, k, v), rtol=1e-3, atol=1e-3)
-    gradient = jax.grad(lambda q: jnp.sum(dot_product_attention(q, k, v)))(q)
+    gradient = jax.grad(lambda q: jnp.sum(attention(q, k, v)))(q)
     assert np.isfinite(got).all() and np.isfinite(gradient).all()
 
 
 def test_small_dtypes_are_the_librarys():
     q, k, v, *_ = draw(jnp.bfloat16)
-    got = dot_product_attention(q, k, v)
+    got = attention(q, k, v)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, library(q, k, v))

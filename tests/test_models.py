@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fmjax import models
-from fmjax.models import attention, layers
+from fmjax.models import cpu, layers
 
 # Unoptimised code compiles in half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -289,7 +289,7 @@ def test_fresh_blocks_are_the_identity_and_a_fresh_output_zero():
     dtypes = layers.Dtypes(dtype=jnp.float32, param_dtype=jnp.float32)
     cases = (
         (layers.ResBlock(8, 0.0, True, **dtypes), (x, emb, True), x),
-        (attention.Attention(2, **dtypes), (x,), x),
+        (layers.Attention(2, **dtypes), (x,), x),
         (layers.Output(3, **dtypes), (x, jnp.float32), 0 * x[..., :3]),
     )
 
@@ -313,6 +313,28 @@ def test_groups_divide_the_channels_and_are_never_single_channels():
         groups = layers.num_groups(channels)
         assert channels % groups == 0 and groups <= 32
         assert groups == 1 or channels // groups >= 4
+
+
+def test_the_kernels_of_a_cpu_give_the_same_numbers():
+    """The same parameters, the same velocity and gradient to rounding, where they do run."""
+    model = models.UNet(channels=64, channel_multipliers=(1, 1), num_res_blocks=1, head_channels=32)
+    model = model.clone(attention_resolutions=(8,))
+    x = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    t = jnp.full(4, 0.5)
+    params = jax.jit(model.init)(jax.random.key(0), t, x)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [0.05 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
+
+    def both(model):
+        return jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(model.apply(p, t, x))), (0, 1))
+
+    fast = model.clone(kernels=cpu.KERNELS)
+    assert "conv3x3" in str(jax.make_jaxpr(fast.apply)(params, t, x))
+    got, want = (jax.jit(both(m))(params, x) for m in (fast, model))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative(a, b) < 2e-5
 
 
 def test_the_number_of_groups_is_an_attribute():

@@ -125,20 +125,16 @@ def test_rounds_as_the_direct_convolution_does(name):
     assert errors[0] < 4 * errors[1] < 1e-5
 
 
-def test_it_runs_where_it_should_and_nowhere_else(monkeypatch):
-    if jax.default_backend() != "cpu":
-        pytest.skip("only a CPU runs it")
+def test_it_runs_where_it_should_and_nowhere_else():
     conv = nn.Conv(64, (3, 3), padding=1, conv_general_dilated=winograd.conv_general_dilated)
 
-    def takes_it(shape, dtype=jnp.float32, devices=1, **kwargs):
-        monkeypatch.setattr(jax, "device_count", lambda: devices)
+    def takes_it(shape, dtype=jnp.float32, **kwargs):
         this = conv.clone(dtype=dtype, **kwargs)
         jaxpr = jax.make_jaxpr(lambda x: this.init_with_output(jax.random.key(0), x)[0])
         return "conv3x3" in str(jaxpr(jnp.zeros(shape, dtype)))
 
     assert takes_it((16, 8, 8, 64))
     assert takes_it((1, 32, 32, 128))
-    assert not takes_it((16, 8, 8, 64), devices=2)
     assert not takes_it((15, 8, 8, 64))
     assert not takes_it((16, 9, 8, 64))
     assert not takes_it((16, 8, 8, 32))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from fmjax.models.cpu import winograd
+from fmjax.models.kernels import KERNELS, Kernels
 
 
 class Dtypes(TypedDict):
@@ -140,9 +140,7 @@ def num_groups(channels: int) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
-conv3x3 = functools.partial(
-    nn.Conv, kernel_size=(3, 3), padding=1, conv_general_dilated=winograd.conv_general_dilated
-)
+conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
 
 
 def group_norm(
@@ -173,6 +171,7 @@ class ResBlock(nn.Module):
       dtype: of the computation.
       param_dtype: of the parameters.
       num_groups: of the normalisations; None for `num_groups(channels)`.
+      kernels: the convolution's.
     """
 
     channels: int
@@ -181,11 +180,14 @@ class ResBlock(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     num_groups: int | None = None
+    kernels: Kernels = KERNELS
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
         dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(conv3x3, self.channels, **dtypes)
+        conv = functools.partial(
+            conv3x3, self.channels, conv_general_dilated=self.kernels.conv, **dtypes
+        )
         h = conv()(nn.silu(group_norm(x.shape[-1], groups=self.num_groups, **dtypes)(x)))
         norm = group_norm(self.channels, groups=self.num_groups, **dtypes)
         if self.scale_shift_norm:
@@ -199,6 +201,38 @@ class ResBlock(nn.Module):
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, **dtypes)(x)
         return x + h
+
+
+class Attention(nn.Module):
+    """Self-attention over an image's pixels, added to its input. The identity at first.
+
+    Attributes:
+      num_heads: into how many heads the channels are divided.
+      dtype: of the computation; the softmax is taken in at least float32.
+      param_dtype: of the parameters.
+      num_groups: of the normalisation; None for `num_groups(channels)`.
+      kernels: the attention's.
+    """
+
+    num_heads: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    num_groups: int | None = None
+    kernels: Kernels = KERNELS
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+        batch, height, width, channels = x.shape
+        norm = group_norm(channels, groups=self.num_groups, **dtypes)
+        h = norm(x).reshape(batch, height * width, channels)
+        q, k, v = (
+            a.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
+            for a in jnp.split(nn.Dense(3 * channels, **dtypes)(h), 3, axis=-1)
+        )
+        h = self.kernels.attention(q, k, v).reshape(h.shape)
+        h = nn.Dense(channels, kernel_init=nn.initializers.zeros, **dtypes)(h)
+        return x + h.reshape(x.shape)
 
 
 class Output(nn.Module):

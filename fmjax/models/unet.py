@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fmjax.models import layers, resample
-from fmjax.models.attention import Attention
+from fmjax.models import layers
+from fmjax.models.kernels import KERNELS, Kernels, average_pool, nearest_upsample
 from fmjax.types import broadcast_time
 
 
@@ -46,6 +46,8 @@ class UNet(nn.Module):
         makes the velocity smoother in t and an adaptive solver's steps longer.
       num_classes: None, or the number of classes; index num_classes is the null class, "no
         label", which a model trained for guidance sees instead of a dropped label.
+      kernels: how convolutions and attention are computed: XLA's way, or on a CPU by
+        `fmjax.models.cpu.KERNELS`, which are faster and take longer to compile.
       remat: the backward pass computes the activations inside every residual block and attention
         again instead of keeping them: less memory for about a third more work.
       dtype: of the computation; None means the wider of x's and the parameters'. Statistics of
@@ -72,6 +74,7 @@ class UNet(nn.Module):
     num_groups: int | None = None
     time_scale: float = 1000.0
     num_classes: int | None = None
+    kernels: Kernels = KERNELS
     remat: bool = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -104,7 +107,7 @@ class UNet(nn.Module):
         self._check_image(x)
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
         dtypes = layers.Dtypes(dtype=dtype, param_dtype=self.param_dtype)
-        norms = {**dtypes, "num_groups": self.num_groups}
+        shared = {**dtypes, "num_groups": self.num_groups, "kernels": self.kernels}
         t = broadcast_time(t, x).reshape(-1)
         embedding = layers.Embedding(self.channels, self.time_scale, self.num_classes, **dtypes)
         emb = embedding(t, labels, x.shape[0])
@@ -112,30 +115,31 @@ class UNet(nn.Module):
         # Flax would name a block under remat otherwise, and its parameters with it.
         block_names = (f"ResBlock_{n}" for n in itertools.count())
         attention_names = (f"Attention_{n}" for n in itertools.count())
-        ResBlock, SelfAttention = layers.ResBlock, Attention
+        ResBlock, Attention = layers.ResBlock, layers.Attention
         if self.remat:
-            ResBlock, SelfAttention = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
+            ResBlock, Attention = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
         def res_block(h, width):
             shape = (width, self.dropout, self.scale_shift_norm)
-            block = ResBlock(*shape, name=next(block_names), **norms)
+            block = ResBlock(*shape, name=next(block_names), **shared)
             return block(h, emb, deterministic)
 
         def attention(h):
             heads = self._num_heads(h.shape[-1])
-            return SelfAttention(heads, name=next(attention_names), **norms)(h)
+            return Attention(heads, name=next(attention_names), **shared)(h)
 
         def block(h, width):
             h = res_block(h, width)
             return attention(h) if h.shape[1] in self.attention_resolutions else h
 
         widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
-        conv = functools.partial(layers.conv3x3, **dtypes)
+        conv = functools.partial(layers.conv3x3, conv_general_dilated=self.kernels.conv, **dtypes)
+        upsampled_conv = functools.partial(conv, conv_general_dilated=self.kernels.upsampled_conv)
         h = conv(widths[0])(x)
         skips = [h]
         for level, width in enumerate(widths):
             if level > 0:
-                down = conv(h.shape[-1], strides=2) if self.conv_resample else resample.average_pool
+                down = conv(h.shape[-1], strides=2) if self.conv_resample else average_pool
                 h = down(h)
                 skips.append(h)
             for _ in range(self.num_res_blocks):
@@ -146,11 +150,9 @@ class UNet(nn.Module):
             for _ in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), width)
             if level > 0:
-                upsampled_conv = conv(
-                    width, conv_general_dilated=resample.upsampled_conv_general_dilated
-                )
-                h = upsampled_conv(h) if self.conv_resample else resample.nearest_upsample(h)
-        return layers.Output(x.shape[-1], **norms)(h, x.dtype)
+                up = upsampled_conv(width) if self.conv_resample else nearest_upsample
+                h = up(h)
+        return layers.Output(x.shape[-1], num_groups=self.num_groups, **dtypes)(h, x.dtype)
 
     def _num_heads(self, channels: int) -> int:
         name = "num_heads" if self.head_channels is None else "head_channels"

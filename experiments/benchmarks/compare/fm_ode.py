@@ -19,6 +19,7 @@ from experiments.benchmarks.compare import fm_mlp, points
 from experiments.benchmarks.compare.rows import EQUAL
 from experiments.benchmarks.compare.workers import Case, Options, timed
 from fmjax import data, models, sharding, training
+from fmjax.models import cpu
 
 TRAINING_STEPS = 2000
 LAYER_NAMES = [f"Dense_{n}" for n in range(len(points.LAYERS) - 1)]
@@ -78,7 +79,13 @@ def image_log_density(options: Options) -> dict[str, Case]:
     """Digits under a small U-Net that has been trained for a moment."""
     del options
     images = data.load_digits("train").images.astype(np.float32) / 8 - 1
-    model = models.UNet(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, time_scale=30.0)
+    model = models.UNet(
+        channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        time_scale=30.0,
+        kernels=cpu.KERNELS,
+    )
 
     def loss_fn(params: Any, key: jax.Array, batch: None) -> jax.Array:
         key_x1, key_x0, key_t = jax.random.split(key, 3)

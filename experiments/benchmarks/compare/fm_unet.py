@@ -11,8 +11,13 @@ import fmjax as fm
 from experiments.benchmarks.compare.points import BATCH
 from experiments.benchmarks.compare.workers import Case, Options, share_arena, timed
 from fmjax import models, training
+from fmjax.models import cpu
 
 SHAPE = (BATCH, 32, 32, 3)
+
+
+def network() -> models.UNet:
+    return models.cifar10_unet().clone(kernels=cpu.KERNELS)
 
 
 def batch() -> jax.Array:
@@ -43,7 +48,7 @@ def make_step(model: models.UNet) -> tuple[Any, Any]:
 def training_cases(options: Options) -> dict[str, Case]:
     del options
     share_arena()
-    model, x1, key = models.cifar10_unet(), batch(), jax.random.key(1)
+    model, x1, key = network(), batch(), jax.random.key(1)
     params = init(model)
     tx, step = make_step(model)
     state = training.init_train_state(params, tx)
@@ -59,7 +64,7 @@ def training_cases(options: Options) -> dict[str, Case]:
 def forward_cases(options: Options) -> dict[str, Case]:
     del options
     share_arena()
-    model, x, t = models.cifar10_unet(), batch(), jnp.full(BATCH, 0.5)
+    model, x, t = network(), batch(), jnp.full(BATCH, 0.5)
     params = init(model)
     apply = jax.jit(model.apply)
 

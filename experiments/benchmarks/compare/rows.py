@@ -130,6 +130,8 @@ ROWS: dict[str, Row] = {
         (
             Line("U-Net's training step, compiled, cold", "s", "fmjax/cold"),
             Line("the same, from JAX's persistent cache", "s", "fmjax/cached"),
+            Line("with the CPU's kernels, cold", "s", "fmjax/cold cpu"),
+            Line("the same, from JAX's persistent cache", "s", "fmjax/cached cpu"),
         ),
     ),
 }

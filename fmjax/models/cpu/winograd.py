@@ -43,9 +43,10 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`lax.conv_general_dilated` for `flax.linen.Conv`, by Winograd's method where it is faster.
 
-    That is where JAX has one device and this is a CPU, for a dense 3x3 filter with stride 1,
-    padding 1 and at least 64 channels, over float32 or float64 images of even height and width.
-    Everything else is `lax.conv_general_dilated` itself.
+    That is on a CPU, for a dense 3x3 filter with stride 1, padding 1 and at least 64 channels, over
+    float32 or float64 images of even height and width. Everything else is
+    `lax.conv_general_dilated` itself. Several devices share a batch by cutting it, and so does
+    this: there images would travel.
 
     Args:
       lhs: `[batch, height, width, in]`.
@@ -69,9 +70,7 @@ def fits(lhs: Any, rhs: Any, window_strides: Sequence[int], padding: Any, **kwar
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
     dilations = [*kwargs.get("lhs_dilation", ()), *kwargs.get("rhs_dilation", ())]
     return (
-        # Several devices share a batch by cutting it, and so does this: images would travel.
-        (jax.default_backend(), jax.device_count()) == ("cpu", 1)
-        and lhs.ndim == 4
+        lhs.ndim == 4
         and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
         and rhs.shape[:2] == (3, 3)
         and tuple(window_strides) == (1, 1)

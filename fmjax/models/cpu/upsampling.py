@@ -1,4 +1,4 @@
-"""Half and double resolution.
+"""A 3x3 convolution at double resolution, by nine products.
 
 A 3x3 convolution after repeating every pixel 2x2 needs a quarter of its multiplications. Along one
 axis, the outputs at the place of a pixel q between p and r are
@@ -20,28 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from fmjax.models.cpu import winograd
-
-
-def average_pool(x: jax.Array) -> jax.Array:
-    """Halves height and width by averaging 2x2 pixels, in at least float32."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.mean(axis=(2, 4))
-
-
-def nearest_upsample(x: jax.Array) -> jax.Array:
-    """Doubles height and width by repeating every pixel 2x2."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+from fmjax.models.kernels import nearest_upsample
 
 
 def upsampled_conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **kwargs: Any
 ) -> jax.Array:
-    """`nearest_upsample`, then `winograd.conv_general_dilated`, for `flax.linen.Conv`.
+    """A convolution after repeating pixels, by nine products where Winograd's method takes 16.
 
-    By nine products where Winograd's method would take 16, and as the two elsewhere.
+    Everything else is a repetition and `winograd.conv_general_dilated`.
 
     Args:
       lhs: `[batch, height, width, in]`.
