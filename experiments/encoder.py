@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tqdm
 import tyro
@@ -34,6 +33,7 @@ from experiments.classifier import Classifier
 from experiments.classifier import load_encoder as load_encoder
 from experiments.reference import encode
 from fmjax import data, pixels, training
+from fmjax.metrics import Estimate, class_accuracy
 from fmjax.metrics.encoders import Encoder
 
 NUM_STEPS = {"digits": 300, "mnist": 1500, "fashion_mnist": 1500, "cifar10": 2000}
@@ -176,12 +176,11 @@ def make_loss(model: Classifier, *, flip: bool) -> training.LossFn:
     return loss_fn
 
 
-def measure_accuracy(encoder: Encoder, dataset: data.ImageDataset) -> tuple[float, float]:
+def measure_accuracy(encoder: Encoder, dataset: data.ImageDataset) -> Estimate:
     """The share of images whose largest logit is their label's, and its standard error."""
     assert encoder.logits is not None
     logits = encoder.logits(encode(encoder, dataset.images, batch_size=500))
-    accuracy = float(np.mean(np.argmax(logits, axis=1) == dataset.labels))
-    return accuracy, math.sqrt(accuracy * (1 - accuracy) / len(dataset.labels))
+    return class_accuracy(logits, dataset.labels)
 
 
 def _num_steps(config: Config) -> int:

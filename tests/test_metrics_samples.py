@@ -164,6 +164,47 @@ def test_inception_score_of_two_classes_by_hand():
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_class_accuracy_closed_forms(num_classes):
+    """Logits that are sure of class y, asked for y, for y + 1, and for y in k of n places."""
+    sure = rng().permutation(np.tile(np.arange(num_classes), 20))
+    logits = 3.0 * np.eye(num_classes)[sure] - 50
+    assert metrics.class_accuracy(logits, sure) == (1.0, 0.0)
+    other = (sure + 1) % num_classes
+    assert metrics.class_accuracy(logits, other) == (0.0, 0.0)
+    n = len(sure)
+    for k in (1, n // 4, n - 1):
+        got = metrics.class_accuracy(logits, np.where(np.arange(n) < k, sure, other))
+        want = (k / n, np.sqrt(k * (n - k) / n**3))
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_the_class_accuracys_error_is_its_spread_over_repetitions():
+    """A classifier that is right with probability 0.8: the accuracy's mean and deviation."""
+    hits = rng().random((2000, 50)) < 0.8
+    estimates = [metrics.class_accuracy(np.stack([h, ~h], 1) * 1.0, 0 * h) for h in hits]
+    values, errors = np.array(estimates).T
+    assert_mean_is(values, 0.8)
+    np.testing.assert_allclose(values.std(ddof=1), np.sqrt(0.8 * 0.2 / 50), rtol=0.06)
+    np.testing.assert_allclose(errors.mean(), np.sqrt(0.8 * 0.2 / 50), rtol=0.03)
+
+
+def test_class_accuracy_refuses_labels_that_are_none():
+    logits = np.eye(3)
+    for labels, rule in (
+        ([0, 1], r"whole numbers \[3\].*got int64 \[2\]"),
+        ([0.0, 1.0, 2.0], "whole numbers .*got float64"),
+        (np.eye(3, dtype=int), "one-hot"),
+        ([True, False, True], "got bool"),
+        ([0, 1, 3], "0 to 2, the columns of logits; got 0 to 3"),
+        ([-1, 1, 2], "got -1 to 2. Samples that were drawn without a class"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            metrics.class_accuracy(logits, labels)
+    with pytest.raises(ValueError, match="logits must be finite"):
+        metrics.class_accuracy(logits * np.nan, [0, 1, 2])
+
+
 def test_wasserstein2_closed_forms():
     x, shift = rng().normal(size=(60, 3)), np.array([3.0, -4.0, 12.0])
     order = rng(1).permutation(60)

@@ -16,5 +16,6 @@ from .kernel import gaussian_kernel as gaussian_kernel
 from .kernel import kernel_distance as kernel_distance
 from .kernel import polynomial_kernel as polynomial_kernel
 from .kernel import squared_mmd as squared_mmd
+from .scores import class_accuracy as class_accuracy
 from .scores import inception_score as inception_score
 from .transport import wasserstein2 as wasserstein2
