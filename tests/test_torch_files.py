@@ -69,6 +69,15 @@ def test_parameters_and_metadata_are_tensors_alone(form, tmp_path):
     assert_same(read_tensors(write(tmp_path, content)), {"w": NUMBERS})
 
 
+@both_formats
+def test_a_checkpoint_gives_its_state_dict(form, tmp_path):
+    """What a training script saves: the state dict among other things, tensors or not."""
+    value = {"epoch": 3, "best": made.tensor("1", NUMBERS[:1]), "state_dict": {}}
+    value["state_dict"]["w"] = made.tensor("0", NUMBERS)
+    content = FORMATS[form](value, {"0": NUMBERS, "1": NUMBERS[:1]})
+    assert_same(read_tensors(write(tmp_path, content)), {"w": NUMBERS})
+
+
 def hostile(marker):
     """Ways to have code run, each of which would make the file `marker`."""
     touch = f"open({str(marker)!r}, 'w')"
@@ -189,7 +198,7 @@ def test_a_changed_number_in_a_zip_file_is_seen(tmp_path):
     "content", [b"", b"<!DOCTYPE html><html>", b"\x1f\x8b\x08\x00", pickle.dumps({"w": 1}, 2)]
 )
 def test_another_kind_of_file(content, tmp_path):
-    with pytest.raises(ValueError, match="must be a .pth file of PyTorch or a safetensors file"):
+    with pytest.raises(ValueError, match="must be a .pth .* a safetensors or an .npz file"):
         read_tensors(write(tmp_path, content))
 
 
@@ -200,7 +209,10 @@ def test_another_kind_of_file(content, tmp_path):
         ([1.0], "dictionary of tensors; got list"),
         ({"epoch": 3}, "'epoch' is of type int"),
         ({3: made.tensor("0", NUMBERS)}, "3 is of type _Tensor"),
-        ({"state_dict": {"w": made.tensor("0", NUMBERS)}}, "'state_dict' is of type dict"),
+        ({"model": {"w": made.tensor("0", NUMBERS)}}, "'model' is of type dict"),
+        ({"state_dict": {"state_dict": {}}}, "'state_dict' is of type dict"),
+        ({"state_dict": [1.0], "epoch": 3}, "'state_dict' is of type list"),
+        ({"state_dict": {"w": 1.0}, "best": 91.7}, "'w' is of type float"),
         ({"w": Persistent(("module", "x"))}, "a storage must be"),
         ({"w": Persistent(("storage", "Float", "0", "cpu", 12))}, "a storage must be"),
         ({"w": Call(Global("torch._utils", "_rebuild_tensor_v2"), (1, 0, (), ()))}, "a storage"),
@@ -253,6 +265,32 @@ def test_safetensors(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated or damaged"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(save, tmp_path):
+    arrays = {"a.weight": NUMBERS.reshape(3, 4), "b": np.arange(3), "c": np.float32(2.5)}
+    path = tmp_path / "weights.npz"
+    save(path, **arrays)
+    assert_same(read_tensors(path), arrays)
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        with pytest.raises(ValueError, match=r"weights\.npz"):
+            read_tensors(write(tmp_path, content[:length]).rename(path))
+
+
+def test_a_pickle_in_an_npz_is_not_loaded(tmp_path):
+    class Touches:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    path = tmp_path / "weights.npz"
+    np.savez(path, w=NUMBERS, code=np.array([Touches()], object))
+    with pytest.raises(ValueError, match="weights.npz .*Object arrays cannot be loaded"):
+        read_tensors(path)
+    assert not (tmp_path / "ran").exists()
+    np.load(path, allow_pickle=True)["code"]  # it would have run
+    assert (tmp_path / "ran").exists()
 
 
 @both_formats

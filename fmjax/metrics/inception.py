@@ -25,10 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .state_dicts import check_entries
+
 SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
 BATCH_NORM_EPS = 1e-3
+_NETWORK = "the FID InceptionV3 (pytorch-fid, torch-fidelity)"
+_HINT = "Torchvision's own network is another."
 
 
 class InceptionOutput(NamedTuple):
@@ -200,7 +204,7 @@ def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict[str, An
       ValueError: if an entry is missing, unknown, of another shape, or holds no finite numbers.
     """
     used = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    _check_entries(used, torch_shapes())
+    check_entries(used, torch_shapes(), network=_NETWORK, hint=_HINT)
     layers = [k.removesuffix(".conv.weight") for k in used if k.endswith(".conv.weight")]
     params = {name: _folded(used, name) for name in layers}
     fc = np.asarray(used["fc.weight"], np.float32).T
@@ -220,29 +224,6 @@ def torch_shapes() -> dict[str, tuple[int, ...]]:
         for entry in ("weight", "bias", "running_mean", "running_var"):
             wanted[f"{name}.bn.{entry}"] = (outputs,)
     return dict(sorted(wanted.items()))
-
-
-def _check_entries(
-    state_dict: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    rule = "The state dict must be that of the FID InceptionV3 (pytorch-fid, torch-fidelity)"
-    missing, unknown = sorted(wanted.keys() - state_dict), sorted(state_dict.keys() - wanted)
-    if missing or unknown:
-        raise ValueError(
-            f"{rule}; got {len(missing)} entries missing {missing[:3]} and {len(unknown)} unknown "
-            f"{unknown[:3]} (at most three of each shown). Torchvision's own network is another."
-        )
-    for name, shape in wanted.items():
-        value = state_dict[name]
-        if value.shape != shape or not np.issubdtype(value.dtype, np.floating):
-            raise ValueError(
-                f"{rule}, where {name} is {shape}, floating; got {value.shape}, {value.dtype}."
-            )
-        if not np.isfinite(value).all() or (name.endswith("running_var") and value.min() < 0):
-            raise ValueError(
-                f"{rule}, of finite numbers and variances of at least 0; {name} holds others. "
-                "The file is damaged: fetch it anew."
-            )
 
 
 def _folded(state_dict: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Tensors out of PyTorch's files and safetensors, without PyTorch and without running their code.
+"""Tensors out of PyTorch's files, safetensors and .npz, without running their code.
 
 A `.pth` file is a pickle, a small program that may call any function by its name. Here only these
 names are known, each as an inert stand-in; any other ends the reading before it is looked up:
@@ -41,13 +41,14 @@ _DTYPES = {
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The named tensors of a `.pth` file in either format of PyTorch, or of a safetensors file.
+    """The named tensors of a `.pth` file in either format of PyTorch, a safetensors or .npz file.
 
-    The file's first bytes tell which it is, not its name. Nothing in it is executed, and nothing
-    is written to disk.
+    The file's content tells which it is, not its name. Nothing in it is executed, and nothing is
+    written to disk.
 
     Args:
-      path: the file. A `.pth` must hold one flat dictionary of tensors, a state dict.
+      path: the file. A `.pth` must hold one flat dictionary of tensors, a state dict, or a
+        dictionary with one as its `state_dict`, of which the rest is not used.
 
     Returns:
       Arrays by name.
@@ -80,13 +81,14 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _reader(path: Path, start: bytes) -> Callable[[Path], dict[str, np.ndarray]]:
     if start.startswith(_ZIP):
-        return _read_zip
+        return _read_npz if _is_npz(path) else _read_zip
     if start.startswith(_STREAM):
         return _read_stream
     if start[8:9] == b"{":
         return _read_safetensors
     raise ValueError(
-        f"{path} must be a .pth file of PyTorch or a safetensors file; it begins with {start!r}. "
+        f"{path} must be a .pth file of PyTorch, a safetensors or an .npz file; it begins with "
+        f"{start!r}. "
         "Is it a web page, or compressed?"
     )
 
@@ -227,7 +229,9 @@ def _numbers(storage: _Storage, raw: bytes) -> np.ndarray:
 
 
 def _tensors(value: Any) -> dict[str, _Tensor]:
-    """The pickled object, if it is a flat dictionary of tensors."""
+    """The pickled object or its `state_dict`, if that is a flat dictionary of tensors."""
+    if isinstance(value, dict) and isinstance(inner := dict.get(value, "state_dict"), dict):
+        value = inner
     if not isinstance(value, dict):
         raise _Unfit(f"the file must hold a dictionary of tensors; got {type(value).__name__}.")
     for name, tensor in dict.items(value):
@@ -268,3 +272,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import numpy as safetensors_numpy  # only such files need the package
 
     return safetensors_numpy.load_file(path)
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:  # which its reader says better
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
