@@ -1,8 +1,9 @@
 """What sample quality is measured with: an encoder and the real images' features under it.
 
 The encoder is the FID Inception network where its weights are at hand, under one of two protocols
-of preprocessing, or else a classifier that `experiments.encoder` has trained on the data set. Only
-the first gives an FID; the second gives "FD (encoder NAME)", comparable under that encoder alone.
+of preprocessing; or a published CIFAR-10 ResNet, whose figures anybody can compute again; or else a
+classifier that `experiments.encoder` has trained on the data set. Only the first gives an FID; the
+others give "FD (NAME)", comparable under that encoder alone.
 """
 
 import dataclasses
@@ -15,8 +16,15 @@ import numpy as np
 from experiments import encoder as encoders
 from experiments import images as image_runs
 from experiments.reference import Reference, load_or_compute
-from fmjax import metrics, pixels
-from fmjax.metrics.encoders import LEGACY_TENSORFLOW, TORCHMETRICS, Encoder, inception_encoder
+from fmjax import data, metrics, pixels
+from fmjax.metrics import resnet
+from fmjax.metrics.encoders import (
+    LEGACY_TENSORFLOW,
+    TORCHMETRICS,
+    Encoder,
+    inception_encoder,
+    resnet_encoder,
+)
 
 KID_IMAGES = 10_000  # real images for KID, the first: all pairs of more would cost more than shows
 PROTOCOLS = {"A": LEGACY_TENSORFLOW, "B": TORCHMETRICS}
@@ -32,6 +40,8 @@ class JudgeConfig:
     """SHA-256 that the weights must have, or its first eight digits or more."""
     protocol: Literal["A", "B"] = "A"
     """Preprocessing: A as clean-fid's legacy_tensorflow, B as torchmetrics'."""
+    resnet: pathlib.Path | None = None
+    """Weights of a CIFAR-10 ResNet: a .th of pytorch_resnet_cifar10, or as .npz or safetensors."""
     encoder: pathlib.Path | None = None
     """Folder of experiments.encoder, else runs/encoder_DATASET, made where there is none."""
     reference_split: str | None = None
@@ -114,8 +124,10 @@ def check(config: JudgeConfig) -> None:
     """Refuses flags that can't work together, before anything is loaded."""
     if config.num_splits < 2:
         raise ValueError(f"--judge.num-splits must be at least 2; got {config.num_splits}.")
-    if config.inception is not None and config.encoder is not None:
-        raise ValueError("Give one of --judge.inception and --judge.encoder, not both.")
+    given = [n for n in ("inception", "resnet", "encoder") if getattr(config, n) is not None]
+    if len(given) > 1:
+        flags = " and ".join(f"--judge.{name}" for name in given)
+        raise ValueError(f"There is one encoder; got {flags}. Give one of them.")
     if config.inception is None and config.protocol != "A":
         raise ValueError(
             f"--judge.protocol is the Inception network's preprocessing; got {config.protocol} "
@@ -125,25 +137,10 @@ def check(config: JudgeConfig) -> None:
 
 def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_size: int) -> Judge:
     """Loads or trains the encoder, and the real images' features, computed once."""
-    if config.inception is not None:
-        protocol = PROTOCOLS[config.protocol]
-        encoder = inception_encoder(config.inception, protocol, sha256=config.inception_sha256)
-        name = f"FID (protocol {config.protocol})"
-    else:
-        encoder = _classifier(config.encoder, run_config)
-        name = f"FD (encoder {encoder.name})"
+    encoder, name = _encoder(config, run_config)
     split = config.reference_split or run_config.train_split
     real = image_runs.load(run_config, split)
-    if config.inception is not None and real.num_levels != 256:
-        raise ValueError(
-            f"The Inception network takes images of 256 levels; {run_config.dataset} has "
-            f"{real.num_levels}. Leave --judge.inception out: a classifier of its own serves."
-        )
-    if len(real.images) <= encoder.num_features and not config.allow_few_samples:
-        raise ValueError(
-            f"A covariance of {encoder.num_features} features needs more real images; got "
-            f"{len(real.images)} in {split}. Take a larger --judge.reference-split."
-        )
+    _check_real(config, run_config.dataset, split, real, encoder.num_features)
     reference = load_or_compute(
         config.reference_dir, encoder, run_config.dataset, split, real.images, batch_size=batch_size
     )
@@ -159,12 +156,50 @@ def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_si
     return Judge(encoder, reference, config.num_splits, config.allow_few_samples, record)
 
 
+def _encoder(config: JudgeConfig, run_config: image_runs.ImageConfig) -> tuple[Encoder, str]:
+    """The encoder that the flags name, and what a Fréchet distance under it is called."""
+    if config.inception is not None:
+        protocol = PROTOCOLS[config.protocol]
+        encoder = inception_encoder(config.inception, protocol, sha256=config.inception_sha256)
+        return encoder, f"FID (protocol {config.protocol})"
+    if config.resnet is not None:
+        encoder = resnet_encoder(config.resnet)
+        weights = f"{encoder.num_features} features, weights sha256 {encoder.digest[:8]}"
+        return encoder, f"FD ({encoder.name}, {weights})"
+    encoder = _classifier(config.encoder, run_config)
+    return encoder, f"FD (encoder {encoder.name})"
+
+
+def _check_real(
+    config: JudgeConfig, dataset: str, split: str, real: data.ImageDataset, num_features: int
+) -> None:
+    """The real images are such as the encoder takes, and enough of them."""
+    if config.inception is not None and real.num_levels != 256:
+        raise ValueError(
+            f"The Inception network takes images of 256 levels; {dataset} has "
+            f"{real.num_levels}. Leave --judge.inception out: a classifier of its own serves."
+        )
+    shape = real.images.shape[1:]
+    if config.resnet is not None and (shape != resnet.IMAGE_SHAPE or real.num_levels != 256):
+        raise ValueError(
+            f"A CIFAR-10 ResNet takes images [32, 32, 3] of 256 levels; {dataset} has "
+            f"{list(shape)} of {real.num_levels}. Leave --judge.resnet out: a classifier of its "
+            "own serves."
+        )
+    if len(real.images) <= num_features and not config.allow_few_samples:
+        raise ValueError(
+            f"A covariance of {num_features} features needs more real images; got "
+            f"{len(real.images)} in {split}. Take a larger --judge.reference-split."
+        )
+
+
 def _classifier(folder: pathlib.Path | None, run_config: image_runs.ImageConfig) -> Encoder:
     usual = pathlib.Path(f"runs/encoder_{run_config.dataset}")
     if folder is None and run_config.dataset not in encoders.NUM_STEPS:
         raise ValueError(
             f"An encoder is made for {', '.join(encoders.NUM_STEPS)}; got {run_config.dataset}. "
-            "Name one by --judge.encoder, or the Inception weights by --judge.inception."
+            "Name one by --judge.encoder, or published weights by --judge.inception or "
+            "--judge.resnet."
         )
     if folder is None and not (usual / "encoder.json").exists():
         print(f"No encoder for {run_config.dataset}: training one into {usual}.", flush=True)

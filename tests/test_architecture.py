@@ -53,10 +53,12 @@ ARROWS = {
     "metrics.scores": {"metrics.estimate"},
     "metrics.transport": {"metrics.estimate"},
     "metrics.inception": {"metrics.state_dicts"},
+    "metrics.resnet": {"metrics.state_dicts"},
     "metrics.resize": set(),
     "metrics.state_dicts": set(),
     "metrics.torch_files": set(),
-    "metrics.encoders": {"metrics.inception", "metrics.resize", "metrics.torch_files"},
+    "metrics.encoders": {"metrics.inception", "metrics.resize", "metrics.resnet"}
+    | {"metrics.torch_files"},
     "training": {"types"},
     "sharding": {"training"},
     "digests": set(),

@@ -277,6 +277,7 @@ def test_errors(folders, tmp_path):
         ({"judge": judging.JudgeConfig(num_splits=1)}, "--judge.num-splits must be at least 2"),
         ({"judge": judging.JudgeConfig(protocol="B")}, "without --judge.inception"),
         ({"judge": judging.JudgeConfig(inception=tmp_path / "x.pth")}, "x.pth"),
+        ({"judge": judging.JudgeConfig(resnet=tmp_path / "x.npz")}, "x.npz"),
         ({"judge": judging.JudgeConfig(encoder=tmp_path / "none")}, "experiments.encoder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

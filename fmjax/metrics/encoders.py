@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from . import inception, resize, torch_files
+from . import inception, resize, resnet, torch_files
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
-SOURCES = (
-    "release fid_weights of github.com/mseitzer/pytorch-fid",
-    "release v0.2.0 of github.com/toshas/torch-fidelity, as weights-inception-2015-12-05-"
-    "6726825d.pth",
-)
+_INCEPTION_SOURCE = f"""The FID's weights are {FILE_NAME}, whose SHA-256 begins with 6726825d; \
+nothing is downloaded here. It is usually had from
+  release fid_weights of github.com/mseitzer/pytorch-fid
+  release v0.2.0 of github.com/toshas/torch-fidelity, as \
+weights-inception-2015-12-05-6726825d.pth"""
+_RESNET_SOURCE = """Trained CIFAR-10 ResNets are pretrained_models/*.th of \
+github.com/akamaster/pytorch_resnet_cifar10; nothing is downloaded here."""
 
 
 class Encoder(NamedTuple):
@@ -88,7 +90,7 @@ def inception_encoder(
       (2, 2048)
     """
     path = Path(weights)
-    digest = _checked_digest(path, sha256)
+    digest = _checked_digest(path, sha256, _INCEPTION_SOURCE)
     params = inception.params_from_state_dict(torch_files.read_tensors(path))
     preprocess = jax.jit(protocol.preprocess)
 
@@ -103,6 +105,48 @@ def inception_encoder(
     return Encoder(name, digest, features, logits, inception.NUM_FEATURES)
 
 
+def resnet_encoder(weights: str | os.PathLike[str], *, sha256: str | None = None) -> Encoder:
+    """A trained CIFAR-10 ResNet as an encoder, of the depth that its weights have.
+
+    Its features are the mean of the last stage over its 8 x 8 positions, its logits those of the
+    ten classes of CIFAR-10 in the data set's order. See `fmjax.metrics.resnet`.
+
+    Args:
+      weights: a file of github.com/akamaster/pytorch_resnet_cifar10, pretrained_models/*.th, or the
+        same tensors under the same names as safetensors or .npz.
+      sha256: the hash that the file must have, or its first 8 digits or more; None for any.
+
+    Returns:
+      An `Encoder` with 64 features and the logits of 10 classes. Its `features` takes uint8 images
+      `[batch, 32, 32, 3]` of 256 levels and raises a `ValueError` for others.
+
+    Raises:
+      FileNotFoundError: if there is no such file; the message says where it is had.
+      ValueError: for another hash, and for a file that `read_tensors` or
+        `params_from_state_dict` refuses.
+
+    Example:
+      >>> encoder = resnet_encoder("resnet56.npz")  # doctest: +SKIP
+      >>> encoder.name, encoder.features(np.zeros((2, 32, 32, 3), np.uint8)).shape  # doctest: +SKIP
+      ('CIFAR-10 ResNet-56', (2, 64))
+
+    Source: He et al. 2015, arXiv 1512.03385 (section 4.2).
+    """
+    path = Path(weights)
+    digest = _checked_digest(path, sha256, _RESNET_SOURCE)
+    depth, params = resnet.params_from_state_dict(torch_files.read_tensors(path))
+    apply = jax.jit(resnet.ResNet(depth).apply, static_argnames="method")
+
+    def features(images: np.ndarray) -> np.ndarray:
+        resnet.check_images(images)  # before JAX narrows another dtype
+        return np.asarray(apply(params, images, method="features"))
+
+    def logits(features: np.ndarray) -> np.ndarray:
+        return np.asarray(apply(params, features, method="logits"))
+
+    return Encoder(f"CIFAR-10 ResNet-{depth}", digest, features, logits, resnet.NUM_FEATURES)
+
+
 @jax.jit
 def _features(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """Compiled apart from the resize, so that images of any size share one network."""
@@ -113,20 +157,16 @@ def _features(params: dict[str, Any], x: jax.Array) -> jax.Array:
 _logits = jax.jit(inception.unbiased_logits)
 
 
-def _checked_digest(path: Path, sha256: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
+def _checked_digest(path: Path, sha256: str | None, source: str) -> str:
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(
             f"sha256 must be 8 to 64 hexadecimal digits, a hash or its beginning; got {sha256!r}."
         )
     if not path.is_file():
-        places = "\n  ".join(SOURCES)
-        raise FileNotFoundError(
-            f"{path} is not there. The FID's weights are {FILE_NAME}, whose SHA-256 begins with "
-            f"6726825d; nothing is downloaded here. It is usually had from\n  {places}"
-        )
+        raise FileNotFoundError(f"{path} is not there. {source}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(sha256.lower()):
+    if sha256 is not None and not digest.startswith(sha256.lower()):
         raise ValueError(
             f"{path} must have the SHA-256 {sha256.lower()}{'...' if len(sha256) < 64 else ''}; "
             f"got {digest}. Fetch the file anew, or pass its own hash if it is another on purpose."
