@@ -1,14 +1,13 @@
-"""Saving a run and going on with it: the state, its step and the run's config (Orbax).
+"""Saving a run and resuming it: the state, its step and the run's config (Orbax).
 
 A run folder holds one subfolder per kept step, each with the `TrainState` and the config that it
-was trained under. A checkpoint is written under a temporary name and renamed when it is whole, so
-that a run killed in the middle of a save leaves a folder that nobody takes for a checkpoint.
-Restoring is exact: N steps, save, restore, N steps are 2 N steps, bit for bit. Keys need no place
-in it, since step n draws from fold_in(key, n) (see `fmjax.training`).
+was trained under. A save is atomic: a run killed in the middle of one leaves a folder that nobody
+takes for a checkpoint. Restoring is exact: N steps, save, restore, N steps are 2 N steps, bit for
+bit. Random keys are not saved, since step n draws from fold_in(key, n) (see `fmjax.training`).
 
-Beside the state stand digests of its arrays, taken on the devices when it was saved, and a hash of
-the config. What is restored is held against them: a checkpoint that the disk has damaged is named,
-never used. No pickle is read, only Orbax's arrays and JSON.
+Beside the state are digests of its arrays, computed on the devices when it was saved. What is
+restored is held against them: a checkpoint that the disk has damaged is named, never used. No
+pickle is read, only Orbax's arrays and JSON.
 
 A training loop reads
 
@@ -27,16 +26,20 @@ On a pod every process calls every function, with the same folder.
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from fmjax import _manager, _stored, digests
-from fmjax._manager import CheckpointSaveError as CheckpointSaveError
-from fmjax._manager import Damaged as Damaged
-from fmjax._manager import DamagedCheckpointError as DamagedCheckpointError
+from fmjax import digests, stored
+from fmjax.stored import CheckpointSaveError as CheckpointSaveError
+from fmjax.stored import Damaged as Damaged
+from fmjax.stored import DamagedCheckpointError as DamagedCheckpointError
 from fmjax.training import TrainState
+
+T = TypeVar("T")
 
 
 class Restored(NamedTuple):
@@ -66,7 +69,8 @@ def open_manager(
       could not be written.
 
     Example:
-      >>> with open_manager("runs/moons") as manager:
+      >>> import tempfile
+      >>> with open_manager(tempfile.mkdtemp()) as manager:
       ...     print(latest_step(manager))
       None
     """
@@ -75,11 +79,8 @@ def open_manager(
     path = path if "://" in path else os.path.abspath(path)
     # Leftovers of killed saves stay: they may be another process's save in progress.
     policy = ocp.checkpoint_managers.LatestN(max_to_keep)
-    return _manager.Manager(
-        path,
-        options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-        item_names=("state", "config", "digest"),
-    )
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy)
+    return stored.Manager(path, options=options, item_names=("state", "record"))
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
@@ -96,7 +97,7 @@ def save(
 ) -> None:
     """Saves a state and its config under the state's step.
 
-    The call takes the digests, copies the state from the device and writes it in the background,
+    The call computes the digests, copies the state from the device and writes it in the background,
     so the state may be donated to the next step at once. A step that is saved already is not saved
     again.
 
@@ -108,13 +109,19 @@ def save(
         raised by the next `save` or when the manager is closed.
 
     Raises:
-      ValueError: if the folder holds a later step: this state was not restored from it.
+      ValueError: if the folder holds a later step: this state was not restored from it; if a leaf
+        is no array, or two leaves or two fields of the config would be saved under one name.
       TypeError: if JSON can't hold `config`.
       CheckpointSaveError: if this checkpoint, or the one before in the background, could not be
         written, on a full disk say. Those before are as they were; a half-written one is none.
 
     Example:
-      >>> save(manager, state, {"learning_rate": 2e-4}, wait=True)
+      >>> import tempfile
+      >>> state = TrainState(jnp.int32(20), {"w": jnp.ones(2)}, {"w": jnp.ones(2)}, ())
+      >>> with open_manager(tempfile.mkdtemp()) as manager:
+      ...     save(manager, state, {"learning_rate": 2e-4}, wait=True)
+      ...     restore(manager, state).params
+      {'w': Array([1., 1.], dtype=float32)}
     """
     step, latest = int(state.step), latest_step(manager)
     if latest is not None and step < latest:
@@ -122,20 +129,9 @@ def save(
             f"The steps saved in one folder must grow; got step {step} where {manager.directory} "
             f"holds step {latest}. Restore the latest state, or use another folder."
         )
-    plain = json.loads(json.dumps(config))  # what JSON can't hold is refused here
+    plain = _as_json(config)  # what JSON can't hold is refused here
     if step != latest:
-        record = digests.make_record(state, _stored.digests_of(state), plain)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            config=ocp.args.JsonSave(plain),
-            digest=ocp.args.JsonSave(record),
-        )
-        try:
-            manager.save(step, args=items)
-        except CheckpointSaveError:  # of the save before
-            raise
-        except OSError as error:
-            raise _manager.save_error(manager, step, error) from error
+        stored.write(manager, step, state, plain)
     if wait:
         manager.wait_until_finished()
 
@@ -155,20 +151,14 @@ def restore(
         state was saved under, nor the mesh.
 
     Returns:
-      A `TrainState` of new arrays. One that was saved before there were digests is not verified;
-      a warning says so.
+      A `TrainState` of new arrays. The example of `save` shows it.
 
     Raises:
       ValueError: if there is no checkpoint, or if one is whole but does not fit the example.
       DamagedCheckpointError: if the latest is damaged: a file is cut short, missing or changed.
         `restore_latest_good` goes back to the one before.
-
-    Example:
-      >>> state = restore(manager, init_train_state(params, tx))
     """
-    return _stored.read_state(
-        manager, _stored.steps_of(manager)[0], _stored.target_of(example, sharding)
-    )
+    return stored.read(manager, _steps(manager)[0], stored.target_of(example, sharding))
 
 
 def restore_latest_good(
@@ -192,26 +182,58 @@ def restore_latest_good(
       DamagedCheckpointError: if none is whole; then nothing is changed.
 
     Example:
-      >>> state, damaged = restore_latest_good(manager, init_train_state(params, tx))
+      >>> import tempfile
+      >>> state = TrainState(jnp.int32(20), {"w": jnp.ones(2)}, {"w": jnp.ones(2)}, ())
+      >>> with open_manager(tempfile.mkdtemp()) as manager:
+      ...     save(manager, state, {}, wait=True)
+      ...     state, damaged = restore_latest_good(manager, state)
+      >>> damaged
+      ()
     """
-    target, damaged = _stored.target_of(example, sharding), []
-    for step in _stored.steps_of(manager):
-        try:
-            state = _stored.read_state(manager, step, target)
-        except DamagedCheckpointError as error:
-            damaged += error.damaged
-            continue
-        if damaged:
-            _stored.put_aside(manager, damaged)
-        return Restored(state, tuple(damaged))
-    raise _none_left(manager, damaged)
+    target = stored.target_of(example, sharding)
+    state, damaged = _latest_good(manager, lambda step: stored.read(manager, step, target))
+    if damaged:
+        stored.put_aside(manager, damaged)
+    return Restored(state, damaged)
 
 
-def _none_left(manager: ocp.CheckpointManager, damaged: list[Damaged]) -> DamagedCheckpointError:
-    mend = (
-        "No whole one is left, and nothing was changed: bring back a copy, or take another folder."
-    )
-    return DamagedCheckpointError(manager.directory, damaged, mend)
+def restore_params(
+    manager: ocp.CheckpointManager, example: Any, *, average: bool = True, sharding: Any = None
+) -> Any:
+    """Restores the parameters of the latest state, without its optimiser, if they are as saved.
+
+    Args:
+      manager: from `open_manager`; `latest_step(manager)` is their step.
+      example: the parameters, or their `jax.eval_shape`. Values are not read.
+      average: whether to restore the moving average, or the last parameters.
+      sharding: as for `restore`.
+
+    Returns:
+      The parameters, new arrays; nothing else is read. An average has the precision that it was
+      kept in, at least float32: that of bfloat16 parameters is float32.
+
+    Raises:
+      ValueError, DamagedCheckpointError: as `restore` does.
+
+    Example:
+      >>> import tempfile
+      >>> params, average = {"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.full(2, 0.999)}
+      >>> with open_manager(tempfile.mkdtemp()) as manager:
+      ...     save(manager, TrainState(jnp.int32(20), params, average, ()), {}, wait=True)
+      ...     restore_params(manager, params)
+      {'w': Array([0.999, 0.999], dtype=float32)}
+    """
+    target = stored.target_of(example, sharding)
+    if average:
+        target = jax.tree.map(_as_averaged, target)
+    field = "ema_params" if average else "params"
+    return stored.read(manager, _steps(manager)[0], {field: target}, field)[field]
+
+
+def _as_averaged(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.update(dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def restore_config(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
@@ -225,55 +247,80 @@ def restore_config(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
     """
     if latest_step(manager) is None:
         return None
-    damaged = []
-    for step in _stored.steps_of(manager):
-        try:
-            return _stored.read_config(manager, step)
-        except DamagedCheckpointError as error:
-            damaged += error.damaged
-    raise _none_left(manager, damaged)
+    return _latest_good(manager, lambda step: stored.read_record(manager, step)["config"])[0]
 
 
 def check_config(
     manager: ocp.CheckpointManager, config: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> None:
-    """Refuses to go on with a run under another config than its own.
+    """Refuses to resume a run under another config than its own.
 
     Args:
       manager: from `open_manager`. A folder without a checkpoint takes any config.
       config: the config of the run that starts, as `save` takes it.
       free: names of fields that may differ: "num_steps", or dotted "data.num_workers". A name
-        frees the fields below it too.
+        frees the fields below it too. A dot in a field's own name is written "%2E".
 
     Raises:
       ValueError: if another field differs; it lists each with both values.
       DamagedCheckpointError: as `restore_config` does.
 
     Example:
-      >>> check_config(manager, {"seed": 0, "num_steps": 200}, free={"num_steps"})
+      >>> import tempfile
+      >>> state = TrainState(jnp.int32(20), {"w": jnp.ones(2)}, {"w": jnp.ones(2)}, ())
+      >>> with open_manager(tempfile.mkdtemp()) as manager:
+      ...     save(manager, state, {"seed": 0, "num_steps": 100}, wait=True)
+      ...     check_config(manager, {"seed": 0, "num_steps": 200}, free={"num_steps"})
     """
-    stored = restore_config(manager)
-    if stored is None:
+    saved = restore_config(manager)
+    if saved is None:
         return
-    kept = ((n, v) for n, v in _fields(stored) if not _is_free(n, free))
-    given = ((n, v) for n, v in _fields(config) if not _is_free(n, free))
-    differences = digests.differences(dict(kept), dict(given))
-    if differences:
+    if lines := stored.differences(_fields(saved, free), _fields(_as_json(config), free)):
         raise ValueError(
-            f"A run must go on under its own config; {manager.directory} differs in\n"
-            + "\n".join(differences)
-            + "\nGive another folder (--workdir), or the flags that this one was made with."
+            f"A run must resume under its own config; {manager.directory} differs in\n"
+            + "\n".join(lines)
+            + "\nTake another folder, or the values that this one was made with."
         )
 
 
-def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a nested config as (dotted name, value in JSON)."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value)
+def _fields(config: dict[str, Any], free: Collection[str]) -> dict[str, str]:
+    """The leaves of a nested config that are not free, in JSON, by dotted name."""
+    leaves = digests.named(config, is_leaf=lambda node: not isinstance(node, dict) or not node)
+    return {
+        name: json.dumps(value)
+        for name, value in leaves.items()
+        if not any(name == field or name.startswith(f"{field}.") for field in free)
+    }
 
 
-def _is_free(name: str, free: Collection[str]) -> bool:
-    return any(name == field or name.startswith(f"{field}.") for field in free)
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it comes back: tuples as lists, keys as strings."""
+    text = json.dumps(dict(config))
+    if json.dumps(plain := json.loads(text)) != text:
+        raise ValueError(f"A config's keys must differ as strings, as JSON has them; got {text}.")
+    return plain
+
+
+def _steps(manager: ocp.CheckpointManager) -> list[int]:
+    """The steps that can be restored, the latest first."""
+    manager.wait_until_finished()  # a step that is being saved counts as saved before it is
+    if steps := sorted(manager.all_steps(), reverse=True):
+        return steps
+    raise ValueError(
+        f"To restore, a folder must hold a checkpoint; got none in {manager.directory}. Check the "
+        "folder's name, or start with init_train_state."
+    )
+
+
+def _latest_good(
+    manager: ocp.CheckpointManager, read: Callable[[int], T]
+) -> tuple[T, tuple[Damaged, ...]]:
+    """What `read(step)` gives of the latest whole checkpoint, and the damaged ones after it."""
+    damaged: list[Damaged] = []
+    for step in _steps(manager):
+        try:
+            return read(step), tuple(damaged)
+        except DamagedCheckpointError as error:
+            damaged += error.damaged
+    advice = "No whole one is left, and nothing was changed: bring back a copy, or start anew."
+    raise DamagedCheckpointError(manager.directory, damaged, advice)

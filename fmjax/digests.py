@@ -1,4 +1,4 @@
-"""Digests of arrays, and the record by which a stored state is known again.
+"""Digests: of arrays on their devices, and SHA-256 of JSON, files, NumPy arrays and trees.
 
 The digest of an array with words w_i (its bits as unsigned 32-bit words, in row-major order) is
 
@@ -9,22 +9,27 @@ seeds s_k. One changed word, hence one flipped bit, always changes both D_k: all
 and f takes no two words to one. Any other change (two values swapped, say) goes unseen once in
 2^64, if f is taken for random. It guards against failing disks, not against forgers.
 
-Sums of integers are exact in any order: the digest is the same however the array is split over
-devices and processes, and is taken where the array lies, without gathering it.
+Sums of integers are exact in any order: the digest is the same however the array is sharded over
+devices and processes, and is computed on them, without gathering the array.
+
+The arrays of a tree are told apart by `named`: two of them never have one name.
 """
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import urllib.parse
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 _SEEDS = (np.uint32(0x243F6A88), np.uint32(0xB7E15162))  # the digits of pi and of e
-Row = tuple[str, str]
 
 
 def digest(x: jax.Array) -> jax.Array:
@@ -71,84 +76,112 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> np.uint32(16))
 
 
-def describe(tree: Any) -> list[Row]:
-    """Every array of a tree as (name, dtype and shape), and every empty node as (name, "empty").
+def digest_each(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """`digest` of every array by name, in hexadecimal; in a pod every process has all of them.
+
+    Example:
+      >>> digest_each({"w": jnp.zeros(2)})
+      {'w': 'a232a6eb8d87bb1a'}
+    """
+    words = [_digest_on(getattr(x, "sharding", None))(x) for x in arrays.values()]
+    pairs = zip(arrays, jax.device_get(words), strict=True)
+    return {name: "".join(f"{int(word):08x}" for word in pair) for name, pair in pairs}
+
+
+@functools.cache
+def _digest_on(sharding: Sharding | None) -> Callable[[jax.Array], jax.Array]:
+    """The compiled digest; its result is replicated on every device, for each process to read."""
+    if isinstance(sharding, NamedSharding):
+        return jax.jit(digest, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.jit(digest)
+
+
+def named(
+    tree: Any, separator: str = ".", is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+    """The leaves of a tree, each under a name of its own: the keys on the way to it, joined.
+
+    Whatever is no ASCII letter, digit, "_", "-" or "~" stands in a key as in a URL: "a.b" as
+    "a%2Eb".
+
+    Args:
+      tree: any pytree.
+      separator: what joins the keys, "." or "/".
+      is_leaf: as of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if two leaves have one name all the same: keys 1 and "1" of an `OrderedDict`, or
+        a custom node that gives two children one key.
+
+    Example:
+      >>> named({"a.b": 1, "a": {"b": 2, "c": [3, None]}})
+      {'a.b': 2, 'a.c.0': 3, 'a%2Eb': 1}
+    """
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        keys = [urllib.parse.quote(key, safe="", errors="surrogatepass") for key in keys]
+        name = separator.join(key.replace(".", "%2E") for key in keys)
+        if name in found:
+            raise ValueError(
+                f"Every leaf of a tree must have a name of its own; got two named {name!r}. Rename "
+                "one key, or let the custom node give each child a key of its own."
+            )
+        found[name] = leaf
+    return found
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """The dtype and shape of every array of a tree, by name; "empty" for an empty node.
 
     Args:
       tree: of arrays, `jax.ShapeDtypeStruct`s or anything with `shape` and `dtype`.
 
     Example:
       >>> describe({"w": jnp.zeros((2, 3)), "none": None})
-      [('none', 'empty'), ('w', 'float32[2,3]')]
+      {'none': 'empty', 'w': 'float32[2,3]'}
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty)
-    return [
-        (
-            jax.tree_util.keystr(path, simple=True, separator="."),
-            "empty" if _is_empty(x) else f"{x.dtype}[{','.join(map(str, x.shape))}]",
-        )
-        for path, x in leaves
-    ]
+
+    def is_empty(node: Any) -> bool:
+        return not jax.tree.leaves(node)
+
+    return {
+        name: "empty" if is_empty(x) else f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for name, x in named(tree, is_leaf=is_empty).items()
+    }
 
 
-def _is_empty(node: Any) -> bool:
-    return not jax.tree.leaves(node)
-
-
-def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Where two descriptions by name disagree, a line for each name.
-
-    Example:
-      >>> differences({"w": "float32[2,3]", "b": "int8[]"}, {"w": "float32[2,4]", "b": "int8[]"})
-      ['  w: folder has float32[2,3], got float32[2,4]']
-    """
-    return [
-        f"  {name}: folder has {old.get(name, 'nothing')}, got {new.get(name, 'nothing')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def make_record(tree: Any, digests: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored beside a state, in JSON: its arrays, their digests, its config's hash.
-
-    Args:
-      tree: the state, or its shapes.
-      digests: of `jax.tree.leaves(tree)`, in that order, in hexadecimal.
-      config: the config beside it, as JSON reads it back.
-
-    Returns:
-      A mapping that `check_seal` accepts for as long as nothing in it is changed.
-    """
-    left = iter(digests)
-    rows = [[name, kind, "" if kind == "empty" else next(left)] for name, kind in describe(tree)]
-    record = {"arrays": rows, "config": hash_json(config)}
-    return record | {"seal": hash_json(record)}
-
-
-def check_seal(record: Mapping[str, Any]) -> None:
-    """Refuses a record that is not the one that was made.
-
-    Raises:
-      ValueError: if the record does not have the hash that stands in it.
-    """
-    rest = {name: value for name, value in record.items() if name != "seal"}
-    if hash_json(rest) != record.get("seal"):
-        raise ValueError("The record of digests must be as it was saved; its hash is another.")
-
-
-def changed(record: Mapping[str, Any], tree: Any, digests: list[str]) -> list[str]:
-    """The names of the arrays whose digest is not the recorded one.
-
-    Args:
-      record: from `make_record`.
-      tree: the state that was read back; `digests`: its own, as for `make_record`.
-    """
-    now = make_record(tree, digests, {})["arrays"]
-    old = {tuple(row) for row in record["arrays"]}
-    return [name for name, kind, value in now if (name, kind, value) not in old]
+def hash_bytes(content: Any) -> str:
+    """SHA-256 of bytes, or of what has a buffer of them, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a value as JSON with sorted keys, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a value as JSON with sorted keys, in hexadecimal.
+
+    Example:
+      >>> hash_json({"b": 1, "a": 2}) == hash_json({"a": 2, "b": 1})
+      True
+    """
+    return hash_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_array(x: np.ndarray) -> str:
+    """SHA-256 of an array's bytes in row-major order, in hexadecimal; not of shape and dtype."""
+    return hash_bytes(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+def hash_tree(tree: Any) -> str:
+    """SHA-256 of a tree of arrays on the host: of their names, dtypes, shapes and bytes.
+
+    Example:
+      >>> hash_tree({"w": np.zeros(2)}) == hash_tree({"w": np.zeros((1, 2))})
+      False
+    """
+    return hash_json([describe(tree), {n: hash_array(x) for n, x in named(tree).items()}])

@@ -111,7 +111,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_good_checkpoint(tmp_pa
 
 
 POD = """
-import pathlib, sys
+import functools, pathlib, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -126,11 +126,10 @@ mesh = sharding.make_mesh()
 whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ("data",)))
 places = training.TrainState(whole, {"w": split}, {"w": split}, (split,))
 
+@functools.partial(jax.jit, out_shardings=places)
 def state(step):
-    def make(step):
-        w = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), (4096, 4))
-        return training.TrainState(jnp.int32(step), {"w": w}, {"w": w + 1}, (w[:8],))
-    return jax.jit(make, out_shardings=places)(step)
+    w = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), (4096, 4))
+    return training.TrainState(jnp.int32(step), {"w": w}, {"w": w + 1}, (w[:8],))
 
 with checkpoints.open_manager(folder) as manager:
     for step in (1, 2, 3):
@@ -148,7 +147,10 @@ with checkpoints.open_manager(folder) as manager:
             np.testing.assert_array_equal(a.data, b.data)
     assert checkpoints.latest_step(manager) == 2
     checkpoints.save(manager, state(3), {"seed": 0}, wait=True)
-    assert int(checkpoints.restore(manager, state(9)).step) == 3
+    average = checkpoints.restore_params(manager, state(9).params)["w"]
+    assert average.sharding == split and int(checkpoints.restore(manager, state(9)).step) == 3
+    for a, b in zip(average.addressable_shards, state(3).ema_params["w"].addressable_shards):
+        np.testing.assert_array_equal(a.data, b.data)
 print("DONE")
 """
 

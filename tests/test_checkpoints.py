@@ -1,14 +1,19 @@
-"""Restored = never stopped; killed, refused and resharded runs."""
+"""Restored = never stopped; killed, refused and resharded runs; names; parameters alone."""
 
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from oracles import jit
+from test_digests import Twins, trees
 
 from fmjax import checkpoints, sharding, training
 
@@ -16,32 +21,33 @@ KEY = jax.random.key(5)
 CONFIG = {"seed": 0, "num_steps": 100, "model": {"width": 16, "features": (8, 8)}, "rate": 1e-3}
 
 
-def make_run(width=16):
-    tx = training.adam(1e-2, warmup_steps=5, clip_norm=1.0)
-
-    def loss_fn(params, key, x):
-        x = x + jax.random.normal(key, x.shape)
-        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - 1.0) ** 2)
-
-    def init(key):
-        key_w, key_v = jax.random.split(key)
-        params = {
-            "w": jax.random.normal(key_w, (3, width)),
-            "v": jax.random.normal(key_v, (width,)),
-        }
-        return training.init_train_state(params, tx)
-
-    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
-    return init, step
+TX = training.adam(1e-2, warmup_steps=5, clip_norm=1.0)
 
 
-INIT, STEP = make_run()
+def loss_fn(params, key, x):
+    x = x + jax.random.normal(key, x.shape)
+    return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - 1.0) ** 2)
 
 
-def train(state, num_steps, step=STEP):
+@jit
+def init(key):
+    key_w, key_v = jax.random.split(key)
+    params = {"w": jax.random.normal(key_w, (3, 16)), "v": jax.random.normal(key_v, (16,))}
+    return training.init_train_state(params, TX)
+
+
+STEP = jit(training.make_train_step(loss_fn, TX), donate_argnums=0)
+
+
+def train(state, num_steps):
     for n in range(int(state.step), int(state.step) + num_steps):
-        state, _ = step(state, KEY, jnp.full((8, 3), n / 10))
+        state, _ = STEP(state, KEY, np.full((8, 3), n / 10, np.float32))
     return state
+
+
+def make_state(params, ema_params=None, step=1, opt_state=()):
+    ema_params = params if ema_params is None else ema_params
+    return training.TrainState(jnp.int32(step), params, ema_params, opt_state)
 
 
 def host(state):
@@ -57,16 +63,16 @@ def assert_identical(a, b):
 def test_restored_equals_never_stopped_to_the_last_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = "runs/lune d'été 月"  # Orbax itself takes no relative path
-    whole = train(INIT(jax.random.key(0)), 20)
+    whole = train(init(jax.random.key(0)), 20)
     with checkpoints.open_manager(folder) as manager:
         assert checkpoints.latest_step(manager) is None
-        checkpoints.save(manager, train(INIT(jax.random.key(0)), 10), CONFIG)
+        checkpoints.save(manager, train(init(jax.random.key(0)), 10), CONFIG)
     with checkpoints.open_manager(tmp_path / folder) as manager:
         assert checkpoints.latest_step(manager) == 10
-        example = INIT(jax.random.key(1))  # other values: they must not be read
+        example = init(jax.random.key(1))  # other values: they must not be read
         state = checkpoints.restore(manager, example)
         assert isinstance(state, training.TrainState) and int(state.step) == 10
-        abstract = jax.eval_shape(INIT, jax.random.key(1))
+        abstract = jax.eval_shape(init, jax.random.key(1))
         assert_identical(checkpoints.restore(manager, abstract), state)
     assert_identical(train(state, 10), whole)
 
@@ -74,25 +80,24 @@ def test_restored_equals_never_stopped_to_the_last_bit(tmp_path, monkeypatch):
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_a_save_in_progress_does_not_see_the_donated_steps(tmp_path, num_devices):
     # Four megabytes per leaf, so that the write is still going on when the buffers are reused.
-    place = sharding.replicated(sharding.make_mesh(jax.devices()[:num_devices]))
-    start = jax.tree.map(jnp.zeros_like, INIT(KEY))
-    start = start._replace(params={"w": jnp.arange(2.0**20)}, ema_params={"w": jnp.ones(2**20)})
-    state = jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=place)(start)
-    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    everywhere = sharding.replicated(sharding.make_mesh(jax.devices()[:num_devices]))
+    start = make_state(np.arange(2.0**20, dtype=np.float32), np.ones(2**20, np.float32))
+    state = jax.device_put(start, everywhere)
+    bump = jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     with checkpoints.open_manager(tmp_path) as manager:
-        for _ in range(3):
+        for _ in range(2):
             state = bump(state)
             expected = host(state)
             checkpoints.save(manager, state, {})
             for _ in range(10):
                 old, state = state, bump(state)
-            assert old.params["w"].is_deleted()
+            assert old.params.is_deleted()
             manager.wait_until_finished()
             assert_identical(checkpoints.restore(manager, state), expected)
 
 
 def test_the_latest_are_kept_and_a_saved_step_is_not_saved_again(tmp_path):
-    state = INIT(KEY)
+    state = init(KEY)
     with checkpoints.open_manager(tmp_path, max_to_keep=2) as manager:
         for _ in range(4):
             state = train(state, 5)
@@ -101,14 +106,14 @@ def test_the_latest_are_kept_and_a_saved_step_is_not_saved_again(tmp_path):
         assert list(manager.all_steps()) == [15, 20]
     with checkpoints.open_manager(tmp_path, max_to_keep=None) as manager:
         with pytest.raises(ValueError, match="must grow; got step 3 where .* holds step 20"):
-            checkpoints.save(manager, train(INIT(KEY), 3), CONFIG)
+            checkpoints.save(manager, train(init(KEY), 3), CONFIG)
         checkpoints.save(manager, train(state, 1), CONFIG, wait=True)
         assert list(manager.all_steps()) == [15, 20, 21]
 
 
 def test_restore_into_another_sharding(tmp_path):
     mesh = sharding.make_mesh()
-    state = train(INIT(KEY), 3)
+    state = train(init(KEY), 3)
     with checkpoints.open_manager(tmp_path) as manager:
         checkpoints.save(manager, state, CONFIG, wait=True)
         spread = checkpoints.restore(manager, state, sharding.replicated(mesh))
@@ -127,7 +132,7 @@ def test_another_config_is_refused_field_by_field(tmp_path):
     with checkpoints.open_manager(tmp_path) as manager:
         checkpoints.check_config(manager, {"anything": "goes"})  # nothing to go on with
         assert checkpoints.restore_config(manager) is None
-        checkpoints.save(manager, train(INIT(KEY), 1), CONFIG)
+        checkpoints.save(manager, train(init(KEY), 1), CONFIG)
     with checkpoints.open_manager(tmp_path) as manager:
         checkpoints.check_config(manager, CONFIG)
         other = {
@@ -145,38 +150,124 @@ def test_another_config_is_refused_field_by_field(tmp_path):
             "  rate: folder has 0.001, got nothing",
             "  seed: folder has 0, got 1",
         ]
-        assert str(tmp_path) in lines[0] and "--workdir" in lines[-1]
+        assert str(tmp_path) in lines[0] and "another folder" in lines[-1]
         checkpoints.check_config(
             manager, other, free={"num_steps", "model", "name", "rate", "seed"}
         )
         stored = checkpoints.restore_config(manager)
         assert stored is not None and stored["model"] == {"width": 16, "features": [8, 8]}
         with pytest.raises(TypeError):
-            checkpoints.save(manager, train(INIT(KEY), 2), {"function": len})
+            checkpoints.save(manager, train(init(KEY), 2), {"function": len})
         assert checkpoints.latest_step(manager) == 1
 
 
-def test_restore_refuses_an_empty_folder_and_another_model(tmp_path):
+def test_fields_of_a_config_keep_their_names(tmp_path):
+    config = {"a.b": 1, "a": {"b": 2, "c": {}}, "a/b": None}
     with checkpoints.open_manager(tmp_path) as manager:
-        with pytest.raises(ValueError, match="must hold a checkpoint; got none"):
-            checkpoints.restore(manager, INIT(KEY))
-        checkpoints.save(manager, train(INIT(KEY), 1), CONFIG, wait=True)
-        init, _ = make_run(width=8)
-        with pytest.raises(ValueError):
-            checkpoints.restore(manager, init(KEY))
+        checkpoints.save(manager, make_state(jnp.ones(2)), config, wait=True)
+        assert checkpoints.restore_config(manager) == config
+        checkpoints.check_config(manager, config)
+        other = {"a.b": 2, "a": {"b": 1, "c": {}}, "a/b": 0}
+        with pytest.raises(ValueError) as error:
+            checkpoints.check_config(manager, other, free={"a"})
+        assert str(error.value).splitlines()[1:-1] == [
+            "  a%2Eb: folder has 1, got 2",
+            "  a%2Fb: folder has null, got 0",
+        ]
+        with pytest.raises(ValueError, match="must differ as strings"):
+            checkpoints.save(manager, make_state(jnp.ones(2), step=2), {"a": {1: 2, "1": 3}})
+        assert checkpoints.latest_step(manager) == 1
+
+
+def test_restore_refuses_an_empty_folder(tmp_path):
+    with checkpoints.open_manager(tmp_path) as manager:
+        for restore in (checkpoints.restore, checkpoints.restore_params):
+            with pytest.raises(ValueError, match="must hold a checkpoint; got none"):
+                restore(manager, init(KEY))
+
+
+def round_trip(state):
+    with tempfile.TemporaryDirectory() as folder, checkpoints.open_manager(folder) as manager:
+        checkpoints.save(manager, state, {}, wait=True)
+        return checkpoints.restore(manager, state)
+
+
+@settings(max_examples=15, deadline=None)
+@given(trees)
+def test_what_is_restored_is_what_was_saved_whatever_the_keys(tree):
+    state = make_state(jax.tree.map(lambda n: np.full(2, n % 2**32, np.uint32), tree))
+    assert_identical(round_trip(state), state)
+
+
+@pytest.mark.parametrize("other", [jnp.full(3, 7.0), jnp.zeros(2), jnp.zeros((0, 3))])
+def test_names_that_look_alike_and_arrays_without_elements(other):
+    state = make_state({"a.b": jnp.ones(3), "a": {"b": other}, "key": jax.random.key(3)})
+    restored = round_trip(state)
+    data = jax.random.key_data
+    assert (data(restored.params.pop("key")) == data(state.params.pop("key"))).all()
+    assert_identical(restored._replace(ema_params=()), state._replace(ema_params=()))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (Twins((jnp.ones(2), jnp.zeros(2))), "got two named 'params.same'"),
+        ({"w": np.ones(2)}, "arrays of JAX; got float64 at params.w"),
+        ({"w": 3.0}, "arrays of JAX; got 3.0 at params.w"),
+    ],
+)
+def test_a_state_that_would_not_come_back_is_refused(tmp_path, params, message):
+    with checkpoints.open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError, match=message):
+            checkpoints.save(manager, make_state(params), {})
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_parameters_alone(tmp_path):
+    params = {"w": jnp.arange(4, dtype=jnp.bfloat16), "a.b": jnp.ones(3), "a": {"b": jnp.zeros(3)}}
+    average = jax.tree.map(lambda x: x.astype(jnp.float32) + 0.001, params)
+    state = make_state(params, average, 7, {"mu": jax.random.normal(KEY, (50_000,))})
+    shapes = jax.eval_shape(lambda: params)
+    everywhere = sharding.replicated(sharding.make_mesh())
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, state, {}, wait=True)
+        assert_identical(checkpoints.restore_params(manager, shapes), average)
+        assert_identical(checkpoints.restore_params(manager, params, average=False), params)
+        spread = checkpoints.restore_params(manager, shapes, sharding=everywhere)
+        assert all(x.sharding == everywhere for x in jax.tree.leaves(spread))
+        assert_identical(spread, average)
+        for field, other, difference in (
+            ("ema_params.w", params | {"w": jnp.ones(5)}, "float32[4], got float32[5]"),
+            ("params.w", params | {"w": jnp.ones(4)}, "bfloat16[4], got float32[4]"),
+            ("params.a.b", {"w": params["w"]}, "float32[3], got nothing"),
+            ("params.v", params | {"v": ()}, "nothing, got empty"),
+        ):
+            with pytest.raises(ValueError) as error:
+                checkpoints.restore_params(manager, other, average=field.startswith("ema"))
+            assert f"  {field}: folder has {difference}" in str(error.value).splitlines()
+    # The optimiser's state, which is not read, may be unreadable.
+    sizes = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    largest = max(sizes, key=sizes.__getitem__)
+    assert sizes[largest] > 150_000
+    largest.write_bytes(b"")
+    with checkpoints.open_manager(tmp_path) as manager:
+        assert_identical(checkpoints.restore_params(manager, params, average=False), params)
+        with pytest.raises(checkpoints.DamagedCheckpointError):
+            checkpoints.restore(manager, state)
 
 
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from fmjax import checkpoints, training
 
-def state(step, size):
+def make_state(step, size):
     noise = jax.random.normal(jax.random.key(0), size)  # does not compress
     return training.TrainState(jnp.int32(step), {"w": jnp.full(4, step), "noise": noise}, {}, ())
 
 manager = checkpoints.open_manager(sys.argv[1])
-checkpoints.save(manager, state(1, 8), {}, wait=True)
-checkpoints.save(manager, state(2, 2**23), {}, wait=True)
+checkpoints.save(manager, make_state(1, 8), {}, wait=True)
+checkpoints.save(manager, make_state(2, 2**23), {}, wait=True)
 """
 
 
@@ -190,7 +281,7 @@ def test_a_save_that_was_killed_is_no_checkpoint(tmp_path):
         process.kill()
     leftovers = [path.name for path in tmp_path.glob("2*")]
     assert leftovers and leftovers != ["2"], leftovers
-    state = training.TrainState(jnp.int32(2), {"w": jnp.full(4, 2), "noise": jnp.ones(8)}, {}, ())
+    state = make_state({"w": jnp.full(4, 2), "noise": jnp.ones(8)}, {}, step=2)
     with checkpoints.open_manager(tmp_path) as manager:
         assert checkpoints.latest_step(manager) == 1
         restored = checkpoints.restore(manager, state)
@@ -201,9 +292,14 @@ def test_a_save_that_was_killed_is_no_checkpoint(tmp_path):
         assert list(manager.all_steps()) == [1, 2]
 
 
-def test_orbax_says_nothing(tmp_path, capfd):
+def test_orbax_says_nothing_and_loads_no_pickle(tmp_path, capfd, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was loaded")
+
     with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, train(INIT(KEY), 1), CONFIG, wait=True)
+        checkpoints.save(manager, init(KEY), CONFIG, wait=True)
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(pickle, name, refuse)
         checkpoints.check_config(manager, CONFIG)
-        checkpoints.restore(manager, INIT(KEY))
+        assert_identical(checkpoints.restore(manager, init(KEY)), init(KEY))
     assert capfd.readouterr() == ("", "")

@@ -1,10 +1,16 @@
-"""Digests against plain integers, against flipped bits, and over devices."""
+"""Digests against plain integers, against flipped bits, and over devices; names that differ."""
+
+import collections
+import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from oracles import jit
 
 from fmjax import digests, sharding
 
@@ -35,8 +41,13 @@ def random_bits(dtype, shape, seed=0):
     return raw.view(dtype)[..., 0]
 
 
-def compute(x):
-    return [int(word) for word in jax.jit(digests.digest)(jnp.asarray(x))]
+@jit
+def compute(tree):
+    return jax.tree.map(digests.digest, tree)
+
+
+def ints(words):
+    return [int(word) for word in words]
 
 
 def test_the_finaliser_is_murmur_hashes_own():
@@ -45,81 +56,132 @@ def test_the_finaliser_is_murmur_hashes_own():
     assert int(digests._mix(jnp.uint32(1))) == 0x514E28B7
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 1, 5)])
-def test_digest_of_random_bits_is_that_of_plain_integers(dtype, shape):
-    x = random_bits(dtype, shape)
-    size = jnp.dtype(dtype).itemsize
-    if jnp.issubdtype(jnp.dtype(dtype), jnp.signedinteger):
-        words = x.astype(np.int64).ravel() & MASK
-    else:
-        words = x.view(f"uint{8 * size}").ravel()
-    assert compute(jnp.asarray(x)) == expected(words)
-
-
-@pytest.mark.parametrize("dtype", WIDE)
-def test_a_number_of_64_bits_is_two_words(dtype):
+def test_digests_are_those_of_plain_integers():
     with jax.enable_x64(True):
-        x = random_bits(dtype, (3, 4))
-        assert jnp.asarray(x).dtype == dtype
-        assert compute(jnp.asarray(x)) == expected(x.view(np.uint32).ravel())
+        arrays = [random_bits(dtype, (3, 1, 5)) for dtype in (*DTYPES, *WIDE)]
+        arrays += [random_bits("float32", shape) for shape in [(), (0,), (7,)]]
+        arrays += [np.array([True, False, True])]
+        assert all(jnp.asarray(x).dtype == x.dtype for x in arrays)
+        found = compute(arrays)
+    for x, words in zip(arrays, found, strict=True):
+        size = x.dtype.itemsize
+        if jnp.issubdtype(x.dtype, jnp.signedinteger) and size < 8:
+            wanted = x.astype(np.int64).ravel() & MASK
+        else:
+            wanted = np.atleast_1d(x).view(f"uint{8 * min(size, 4)}").ravel()
+        assert ints(words) == expected(wanted), (x.dtype, x.shape)
 
 
-def test_digest_of_keys_complex_numbers_and_booleans():
+def test_digests_of_keys_and_complex_numbers():
     key = jax.random.split(jax.random.key(3), 5)
-    assert compute(key) == expected(np.asarray(jax.random.key_data(key)).ravel())
     z = random_bits("float32", (6, 2))
-    assert compute(jax.lax.complex(*jnp.asarray(z).T)) == expected(z.view(np.uint32).ravel())
-    assert compute(jnp.array([True, False, True])) == expected([1, 0, 1])
+    found = compute([key, z.view(np.complex64)])
+    assert ints(found[0]) == expected(np.asarray(jax.random.key_data(key)).ravel())
+    assert ints(found[1]) == expected(z.view(np.uint32).ravel())
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, *WIDE))
-def test_every_flipped_bit_changes_both_words(dtype):
-    with jax.enable_x64(True):
-        size = jnp.dtype(dtype).itemsize
-        x = random_bits(dtype, (3, 4), seed=1)
-        flipped = np.stack([x] * (x.size * size * 8))
+def test_every_flipped_bit_changes_both_words():
+    def flips(x):
+        flipped = np.stack([x] * (x.size * x.dtype.itemsize * 8))
         for bit, copy in enumerate(flipped):
-            raw = copy.reshape(-1).view(np.uint8)
-            raw[bit // 8] ^= 1 << bit % 8
-        all_digests = jax.jit(jax.vmap(digests.digest))(jnp.asarray(flipped))
-        assert (np.asarray(all_digests) != np.asarray(compute(x))).all()
+            copy.reshape(-1).view(np.uint8)[bit // 8] ^= 1 << bit % 8
+        return flipped
+
+    with jax.enable_x64(True):
+        arrays = [random_bits(dtype, (3, 2), seed=1) for dtype in (*DTYPES, *WIDE)]
+        all_digests = jit(lambda xs: [jax.vmap(digests.digest)(x) for x in xs])
+        for many, one in zip(all_digests([*map(flips, arrays)]), compute(arrays), strict=True):
+            assert (np.asarray(many) != np.asarray(one)).all()
 
 
 def test_order_counts():
-    x = jnp.arange(12.0).reshape(3, 4)
-    seen = {tuple(compute(y)) for y in (x, x[::-1], x[:, ::-1], x.at[0, 0].set(1).at[0, 1].set(0))}
-    assert len(seen) == 4
-    assert compute(jnp.zeros(3)) != compute(jnp.zeros(4)) != compute(-jnp.zeros(4))
+    x = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    swapped = np.array([1, 0, *range(2, 12)], np.float32).reshape(3, 4)
+    found = compute([x, x[::-1], x[:, ::-1], swapped, np.zeros(3), np.zeros(4), -np.zeros(4)])
+    assert len({tuple(ints(words)) for words in found}) == 7
 
 
-@pytest.mark.parametrize("spec", [(), ("data",), (None, "data"), (None, None, "data")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_split_over_devices_it_is_the_same_and_nothing_is_gathered(spec, dtype):
-    x = jnp.asarray(random_bits(dtype, (8, 16, 24)))
-    place = NamedSharding(sharding.make_mesh(), PartitionSpec(*spec))
-    spread = jax.device_put(x, place)
+@pytest.mark.parametrize(
+    ("dtype", "spec"),
+    [("float32", ()), ("float32", ("data",)), ("bfloat16", (None, "data"))]
+    + [("float32", (None, None, "data"))],
+)
+def test_sharded_it_is_the_same_and_nothing_is_gathered(dtype, spec):
+    x = random_bits(dtype, (8, 16, 24))
+    spread = jax.device_put(x, NamedSharding(sharding.make_mesh(), PartitionSpec(*spec)))
     assert len(spread.sharding.device_set) == 8
-    assert compute(spread) == compute(x)
-    program = jax.jit(digests.digest).lower(spread).compile().as_text()
-    assert program and "all-gather" not in program
-    assert ("all-reduce" in program) == bool(spec)
+    compiled = jit(digests.digest).lower(spread).compile()
+    assert ints(compiled(spread)) == ints(compute(x))
+    program = compiled.as_text()
+    assert "all-gather" not in program and ("all-reduce" in program) == bool(spec)
 
 
-def test_a_record_names_what_changed_and_notices_its_own_changes():
-    tree = {"w": jnp.ones((2, 3)), "b": (jnp.zeros(2, jnp.bfloat16), None, {})}
-    assert digests.describe(tree) == [
-        ("b.0", "bfloat16[2]"),
-        ("b.1", "empty"),
-        ("b.2", "empty"),
-        ("w", "float32[2,3]"),
+def test_names_and_kinds():
+    tree = {"w": jnp.ones((2, 3)), "b": (jnp.zeros(2, jnp.bfloat16), None, {}), "a.b": ()}
+    assert list(digests.named(tree)) == ["b.0", "w"]
+    assert digests.describe(tree) == {
+        "a%2Eb": "empty",
+        "b.0": "bfloat16[2]",
+        "b.1": "empty",
+        "b.2": "empty",
+        "w": "float32[2,3]",
+    }
+    odd = {"": 0, "a/b": 1, "a": {"b": 2, "%2e": 3, "é 月": {"": 4}}, "a.b": 5, "\ud800": 6}
+    for separator in "./":
+        names = digests.named(odd, separator)
+        assert sorted(names.values()) == [0, 1, 2, 3, 4, 5, 6]
+        assert all(name.isascii() and " " not in name for name in names)
+    assert digests.named({-1: {2: 0}}) == {"-1.2": 0}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Twins(tuple):
+    """A custom node that gives both of its children one key."""
+
+    def tree_flatten_with_keys(self):
+        return tuple((jax.tree_util.GetAttrKey("same"), x) for x in self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children)
+
+
+@pytest.mark.parametrize("tree", [Twins((1, 2)), collections.OrderedDict({1: 2, "1": 3})])
+def test_one_name_for_two_leaves_is_refused(tree):
+    with pytest.raises(ValueError, match="a name of its own; got two named 'x.(same|1)'"):
+        digests.named({"x": tree})
+
+
+keys = st.text(max_size=3) | st.text("./%2e", max_size=4)
+trees = st.recursive(st.integers(), lambda inner: st.dictionaries(keys, inner, max_size=4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(trees)
+def test_every_leaf_is_found_under_its_name(tree):
+    assert list(digests.named(tree).values()) == jax.tree.leaves(tree)
+
+
+def test_hashes(tmp_path):
+    content = bytes(range(256))
+    (tmp_path / "file").write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert digests.hash_bytes(content) == digests.hash_file(tmp_path / "file") == sha256
+    x = np.frombuffer(content, np.uint16).reshape(16, 8)
+    assert digests.hash_array(x) == digests.hash_array(np.asfortranarray(x)) == sha256
+    assert digests.hash_array(x[0, 0]) == hashlib.sha256(content[:2]).hexdigest()
+    assert digests.hash_json({"b": 1, "a": [2]}) == digests.hash_json({"a": (2,), "b": 1})
+    assert digests.hash_json({"seed": 0}) != digests.hash_json({"seed": 1})
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    different = [
+        {"a.b": one, "a": {"b": zero}},
+        {"a.b": zero, "a": {"b": one}},
+        {"a": one, "b": zero},
+        {"a": one, "b": zero.reshape(2, 1)},
+        {"a": one, "b": zero.view(np.int32)},
+        {"a": np.concatenate([one, zero]), "b": zero[:0]},
+        {"a": one},
+        {"a": one, "b": ()},
     ]
-    record = digests.make_record(tree, ["aa", "bb"], {"seed": 0})
-    digests.check_seal(record)
-    assert digests.changed(record, tree, ["aa", "bb"]) == []
-    assert digests.changed(record, tree, ["ab", "bb"]) == ["b.0"]
-    assert digests.changed(record, tree, ["aa", "ba"]) == ["w"]
-    assert record["config"] == digests.hash_json({"seed": 0}) != digests.hash_json({"seed": 1})
-    for other in (record | {"config": "0"}, record | {"arrays": []}, record | {"more": 1}, {}):
-        with pytest.raises(ValueError, match="must be as it was saved"):
-            digests.check_seal(other)
+    assert len({digests.hash_tree(tree) for tree in different}) == len(different)
+    assert digests.hash_tree({"w": jnp.ones(2)}) == digests.hash_tree({"w": one})
