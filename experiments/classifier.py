@@ -9,7 +9,6 @@ A folder holds encoder.safetensors, the parameters under their names in the Flax
 the encoder is whole.
 """
 
-import hashlib
 import json
 import pathlib
 import shlex
@@ -20,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from flax import traverse_util
 
-from experiments.records import write_json
-from experiments.reference import write_whole
+from experiments.records import write_json, write_whole
+from fmjax import digests
 from fmjax.metrics.encoders import Encoder
 
 _KEYS = frozenset({"name", "dataset", "config", "network", "image_shape", "sha256"})
@@ -104,8 +102,8 @@ def as_encoder(
 
 def to_bytes(params: Any) -> bytes:
     """The parameters as the bytes of a safetensors file; equal parameters give equal bytes."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return safetensors.numpy.save({key: np.ascontiguousarray(x) for key, x in flat.items()})
+    flat = digests.named(params, "/")
+    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in flat.items()})
 
 
 def write(folder: pathlib.Path, weights: bytes, record: dict[str, Any]) -> None:
@@ -134,7 +132,7 @@ def load_encoder(folder: pathlib.Path) -> Encoder:
     """
     record, path = read_record(folder), folder / "encoder.safetensors"
     weights = _existing(path).read_bytes()
-    digest = hashlib.sha256(weights).hexdigest()
+    digest = digests.hash_bytes(weights)
     if digest != record["sha256"]:
         raise ValueError(
             f"{path} must have the SHA-256 that encoder.json records, {record['sha256']}; got "
@@ -143,9 +141,8 @@ def load_encoder(folder: pathlib.Path) -> Encoder:
         )
     fields = record["network"]
     model = Classifier(**fields | {name: tuple(fields[name]) for name in ("strides", "widths")})
-    params = traverse_util.unflatten_dict(safetensors.numpy.load(weights), sep="/")
     image_shape = tuple(record["image_shape"])
-    _check_params(folder, model, params, image_shape)
+    params = _as_params(folder, model, safetensors.numpy.load(weights), image_shape)
     return as_encoder(model, params, image_shape, name=record["name"], digest=digest)
 
 
@@ -169,22 +166,24 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def _check_params(
-    folder: pathlib.Path, model: Classifier, params: Any, image_shape: tuple[int, ...]
-) -> None:
-    """The record describes the network that the weights are of."""
+def _as_params(
+    folder: pathlib.Path,
+    model: Classifier,
+    flat: dict[str, np.ndarray],
+    image_shape: tuple[int, ...],
+) -> Any:
+    """The weights as the parameters of the network that the record describes."""
     images = jnp.zeros((1, *image_shape), jnp.uint8)
     fresh = jax.eval_shape(model.init, jax.random.key(0), images)
-    wanted, got = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
-        for leaves in map(jax.tree.leaves_with_path, (fresh, params))
-    )
+    wanted = {name: x.shape for name, x in digests.named(fresh, "/").items()}
+    got = {name: x.shape for name, x in flat.items()}
     if wanted != got:
         differences = sorted(k for k in wanted | got if wanted.get(k) != got.get(k))
         raise ValueError(
             f"{folder}/encoder.json describes another network than encoder.safetensors holds: they "
             f"differ in {', '.join(differences)}. Delete the folder and make it anew."
         )
+    return jax.tree.unflatten(jax.tree.structure(fresh), [flat[name] for name in wanted])
 
 
 def _check_images(images: np.ndarray, shape: tuple[int, ...], num_levels: int) -> None:

@@ -51,7 +51,8 @@ def measure(
     key = jax.random.fold_in(jax.random.key(seed), 2)
 
     def samples(way: drawing.Way) -> drawing.Drawn:
-        name = f"seed_{seed}_{way}".replace(",", "").replace(" ", "_")
+        how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
+        name = f"seed_{seed}_{way.solver}_{how}"
         return drawing.draw(solve, way, store, name, key, shape, num)
 
     exact = drawing.Way("Tsit5", tolerance=tight)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import numpy as np
-import tqdm
 
 import fmjax as fm
+from experiments.progress import progress
 from experiments.store import Store
 from experiments.trained import Trained
 from fmjax import sharding
@@ -115,7 +115,7 @@ def draw(
         x1, evaluations = solve(way, sharding.shard_batch(x0, mesh))
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
-    indices = tqdm.trange(-(-num // shape[0]), desc=name, leave=False, disable=None)
+    indices = progress(range(-(-num // shape[0])), name, leave=False, disable=None)
     batches = [store.get(f"{name}_batch_{i:04d}", lambda i=i: batch(i)) for i in indices]
     return Drawn(
         x1=np.concatenate([batch["x1"] for batch in batches])[:num],

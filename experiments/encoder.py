@@ -11,34 +11,30 @@ CPU equal flags give equal weights, byte for byte.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
 import pathlib
-import platform
-import sys
 import time
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-import tqdm
 import tyro
 
 from experiments import classifier
 from experiments.classifier import Classifier
 from experiments.classifier import load_encoder as load_encoder
+from experiments.progress import progress
+from experiments.records import environment
 from experiments.reference import encode
-from fmjax import data, pixels, training
+from fmjax import data, digests, pixels, training
 from fmjax.metrics import Estimate, class_accuracy
 from fmjax.metrics.encoders import Encoder
 
 NUM_STEPS = {"digits": 300, "mnist": 1500, "fashion_mnist": 1500, "cifar10": 2000}
 FLIPPED = frozenset({"cifar10"})  # a mirrored digit is none, and all shoes point the same way
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,7 @@ def main(config: Config) -> dict[str, Any]:
     params = train(config, model, train_set)
     seconds = time.perf_counter() - began
     weights = classifier.to_bytes(params)
-    digest = hashlib.sha256(weights).hexdigest()
+    digest = digests.hash_bytes(weights)
     encoder = classifier.as_encoder(model, params, image_shape, name=config.dataset, digest=digest)
     accuracy, error = measure_accuracy(encoder, test_set)
     record = {
@@ -101,11 +97,8 @@ def main(config: Config) -> dict[str, Any]:
         "flip": config.dataset in FLIPPED,
         "config": flags(config),
         "train_seconds": round(seconds, 1),
-        "device_kind": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
         "sha256": digest,
-    }
+    } | environment()
     classifier.write(folder, weights, record)
     print(json.dumps(record, indent=2, ensure_ascii=False))
     print(f"\nEncoder  {folder}")
@@ -152,15 +145,14 @@ def train(config: Config, model: Classifier, dataset: data.ImageDataset) -> Any:
     step_fn = jax.jit(step_fn, donate_argnums=0)
     state = training.init_train_state(params, tx)
     batches = data.batches(len(dataset.images), config.batch_size, seed=config.seed)
-    interval = 0.2 if sys.stderr.isatty() else 15  # a log file wants few lines
-    with tqdm.tqdm(total=num_steps, unit="step", mininterval=interval) as progress:
+    with progress(total=num_steps, unit="step") as bar:
         for step, rows in enumerate(itertools.islice(batches, num_steps), start=1):
             batch = dataset.images[rows], dataset.labels[rows]
             state, metrics = step_fn(state, key_train, batch)
             if step % 50 == 0 or step == num_steps:
                 loss = _finite(float(metrics.loss), step)
-                progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            progress.update()
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
     return jax.device_get(state.ema_params)
 
 

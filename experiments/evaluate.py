@@ -33,7 +33,7 @@ from experiments import (
 from experiments.protocol import Config
 from experiments.records import lock, write_json
 from experiments.store import Store, num_computed
-from fmjax import data, dequantization
+from fmjax import data, dequantization, digests
 from fmjax.metrics import Estimate
 
 
@@ -74,7 +74,7 @@ def evaluate_images(
     base = protocol.identity(model, config)
 
     how = likelihood_of(config, held_out)
-    settings = base | how.settings | {"images": protocol.digest(held_out.images)}
+    settings = base | how.settings | {"images": digests.hash_array(held_out.images)}
     store = Store(folder, "log_prob", settings)
     likelihood = densities.measure(how, model, held_out, store, config.seeds[0])
     likelihood["images_sha256"] = settings["images"]
@@ -124,7 +124,7 @@ def evaluate_plane(
     model = trained.load(config.run, (2,), average=config.average)
     base = protocol.identity(model, config) | {
         "tolerance": tolerance,
-        "data": protocol.digest(held_out),
+        "data": digests.hash_array(held_out),
     }
     way = drawing.Way("Tsit5", tolerance=tolerance)
     at_once = num - num % jax.device_count()

@@ -6,18 +6,17 @@ finite is noticed one dispatch later, and never saved.
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from experiments import cluster
 from experiments.config import RunConfig, mesh
 from experiments.failures import NotFinite
+from experiments.progress import progress
 from experiments.run import Run
 from experiments.step import Steps
 from fmjax import data, sharding, training
@@ -103,14 +102,8 @@ class Watch:
         self._seconds_before = run.seconds
         self._seen = start
         self._began = self._last = self.compiled = time.perf_counter()
-        self.progress = tqdm.tqdm(
-            total=run.config.num_steps,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file wants few lines
-            disable=not cluster.is_main(),
-        )
+        num, quiet = run.config.num_steps, not cluster.is_main()
+        self.progress = progress(total=num, initial=start, unit="step", disable=quiet)
 
     def look(self, dispatch: Dispatch, metrics: training.Metrics, x1: np.ndarray) -> None:
         """Waits for a dispatch's metrics, `[num_steps]` each."""

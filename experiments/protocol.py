@@ -1,12 +1,10 @@
 """The flags of an evaluation, what they may be, and what of them stands beside the figures."""
 
 import dataclasses
-import hashlib
 import pathlib
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from experiments import judging, trained
@@ -117,7 +115,3 @@ def refuse_image_flags(config: Config) -> None:
 def first(dataset: data.ImageDataset, num: int) -> data.ImageDataset:
     """The first `num` examples, or all where there are fewer."""
     return dataset._replace(images=dataset.images[:num], labels=dataset.labels[:num])
-
-
-def digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

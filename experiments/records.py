@@ -14,6 +14,8 @@ from typing import Any, TextIO
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from fmjax.files import write_whole as write_whole
+
 
 def claim(folder: pathlib.Path) -> TextIO:
     """Makes a run folder and holds it for this process.
@@ -73,14 +75,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all: a kill in between leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and the time of day, for the record."""
     packages = ("fmjax", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
+    packages += ("scipy", "safetensors")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {p: importlib.metadata.version(p) for p in packages if p in installed}
     return {

@@ -7,24 +7,20 @@ another file. The record is written last and holds the SHA-256 of the arrays' fi
 without a record is not whole and is computed again; one that disagrees with its record is an error.
 """
 
-import hashlib
 import json
-import os
 import pathlib
 import re
-import sys
-import uuid
 import zipfile
-from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import tqdm
 
+from experiments.progress import progress
+from experiments.records import write_json, write_whole
+from fmjax import digests
 from fmjax.metrics import Moments, moments
 from fmjax.metrics.encoders import Encoder
 
-_ROWS = 4096  # images hashed at a time
 _KEYS = frozenset({"encoder", "encoder_digest", "arrays_sha256"})
 
 
@@ -76,7 +72,8 @@ def load_or_compute(
       (1500, 64)
     """
     identity = identify(encoder, dataset_name, split, images)
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', dataset_name)}_{_key(identity)}.npz"
+    key = digests.hash_json(identity)[:16]
+    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', dataset_name)}_{key}.npz"
     if path.with_suffix(".json").exists():
         reference = load(path, encoder)
         _check_identity(path, reference.record, identity)
@@ -112,7 +109,7 @@ def load(path: pathlib.Path, encoder: Encoder) -> Reference:
             f"{path} holds statistics of {theirs[0]} (SHA-256 {theirs[1][:12]}...); got "
             f"{ours[0]} ({ours[1][:12]}...). Take that encoder, or compute the statistics anew."
         )
-    if (digest := _sha256(path)) != record["arrays_sha256"]:
+    if (digest := digests.hash_file(path)) != record["arrays_sha256"]:
         raise _damaged(path, f"its SHA-256 is {digest}, its record says {record['arrays_sha256']}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -144,14 +141,13 @@ def encode(
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     num, size = len(images), min(batch_size, len(images))
     features = np.empty((num, encoder.num_features), np.float32)
-    interval = 0.2 if sys.stderr.isatty() else 15  # a log file wants few lines
-    with tqdm.tqdm(total=num, unit="image", desc=description, mininterval=interval) as progress:
+    with progress(label=description, total=num, unit="image") as bar:
         for start in range(0, num, size):
             rows = np.arange(start, start + size) % num
             batch = _checked(encoder, encoder.features(images[rows]), size)
             stop = min(start + size, num)
             features[start:stop] = batch[: stop - start]
-            progress.update(stop - start)
+            bar.update(stop - start)
     return features
 
 
@@ -162,35 +158,16 @@ def identify(encoder: Encoder, dataset_name: str, split: str, images: np.ndarray
       ValueError: if `images` are not uint8 `[N, height, width, channel]`.
     """
     _check_images(images)
-    sha256 = hashlib.sha256()
-    for start in range(0, len(images), _ROWS):
-        sha256.update(images[start : start + _ROWS].tobytes())
     return {
         "dataset": dataset_name,
         "split": split,
         "num_images": len(images),
         "image_shape": list(images.shape[1:]),
-        "images_sha256": sha256.hexdigest(),
+        "images_sha256": digests.hash_array(images),
         "encoder": encoder.name,
         "encoder_digest": encoder.digest,
         "num_features": encoder.num_features,
     }
-
-
-def write_whole(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file whole or not at all, under a temporary name of its own until then.
-
-    Args:
-      path: the file.
-      write: writes the contents to an open binary file.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _store(path: pathlib.Path, features: np.ndarray, identity: dict[str, Any]) -> Reference:
@@ -200,9 +177,8 @@ def _store(path: pathlib.Path, features: np.ndarray, identity: dict[str, Any]) -
         np.savez(file, features=features, mean=fitted.mean, covariance=fitted.covariance)
 
     write_whole(path, write)
-    record = identity | {"arrays_sha256": _sha256(path)}
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    record = identity | {"arrays_sha256": digests.hash_file(path)}
+    write_json(path.with_suffix(".json"), record)
     return Reference(features, fitted, record)
 
 
@@ -220,11 +196,6 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not record.keys() >= _KEYS:
         raise _damaged(path.with_suffix(".json"), f"it must have {', '.join(sorted(_KEYS))}")
     return record
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_identity(path: pathlib.Path, record: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -250,10 +221,6 @@ def _check_images(images: np.ndarray) -> None:
             "images must be uint8 [N, height, width, channel], one at least; got "
             f"{images.dtype} {list(images.shape)}. fmjax.pixels.quantize makes pixel values."
         )
-
-
-def _key(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _damaged(path: pathlib.Path, what: str) -> ValueError:

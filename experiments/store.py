@@ -6,23 +6,20 @@ read, not computed. Every computation leaves a line in `computed.jsonl` beside t
 between the two loses the line, never the batch.
 """
 
-import hashlib
 import json
-import os
 import pathlib
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import tqdm
 
-from experiments.records import environment, write_json
+from experiments.progress import progress as progress
+from experiments.records import environment, write_json, write_whole
+from fmjax import digests
 
 Arrays = dict[str, np.ndarray]
-T = TypeVar("T")
 
 
 class Store:
@@ -35,8 +32,7 @@ class Store:
     """
 
     def __init__(self, folder: pathlib.Path, kind: str, settings: dict[str, Any]):
-        text = json.dumps(settings, sort_keys=True)
-        self.folder = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder = folder / f"{kind}-{digests.hash_json(settings)[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "computed.jsonl"
         record = self.folder / "settings.json"
@@ -62,10 +58,7 @@ class Store:
             began = time.perf_counter()
             arrays = {key: np.asarray(value) for key, value in compute().items()}
             arrays["seconds"] = np.asarray(time.perf_counter() - began)
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            os.replace(temporary, path)
+            write_whole(path, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
             with open(self._log, "a") as file:
                 file.write(json.dumps({"batch": f"{self.folder.name}/{name}"}) + "\n")
         return _read(path)
@@ -75,11 +68,6 @@ def num_computed(folder: pathlib.Path) -> int:
     """Batches that have been computed in this evaluation folder, over all its starts."""
     path = folder / "computed.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def progress(items: Iterable[T], label: str) -> Iterable[T]:
-    """`items` with a progress bar; in a log file a line every quarter of a minute."""
-    return tqdm.tqdm(items, desc=label, mininterval=0.2 if sys.stderr.isatty() else 15)
 
 
 def _read(path: pathlib.Path) -> Arrays:

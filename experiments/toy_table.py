@@ -42,7 +42,6 @@ does the cells that are missing.
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -55,11 +54,10 @@ import numpy as np
 import tyro
 
 from experiments import toy_data, toy_flows, toy_report
-from experiments.records import write_json
+from experiments.records import environment, write_json
 from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"
-PACKAGES = ("fmjax", "jax", "flax", "optax", "diffrax", "numpy", "scipy")
 # What fmjax's and torchcfm's runs must share.
 PROTOCOL = ("num_steps", "batch_size", "num_train", "num_test", "sigma")
 
@@ -203,7 +201,6 @@ def main(config: Config) -> dict[str, Any]:
     ]
     table = toy_report.markdown(pairs, rows, load_recorded(config))
     print(table)
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
     (config.workdir / "toy_table.md").write_text(table)
     summary = {
         "experiment": "toy_table",
@@ -211,8 +208,7 @@ def main(config: Config) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "hardware": f"{os.cpu_count()} cores of a {platform.machine()} machine; JAX on "
         f"{jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
+        "versions": environment()["versions"],
         "config": flags(config),
         "training_seconds": round(sum(row["training_seconds"] for row in rows), 1),
         "pairs": pairs,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import types
@@ -12,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import fmjax as fm
-from experiments import cifar10, digits, images, mnist, step, two_moons
+from experiments import cifar10, digits, images, mnist, two_moons
 from experiments.config import RunConfig
-from fmjax import checkpoints, models, training
+from fmjax import checkpoints, digests, models
 
 CONFIGS: dict[str, type[RunConfig]] = {
     "two_moons": two_moons.Config,
@@ -36,7 +34,7 @@ class Trained(NamedTuple):
       step: training steps.
       params: the network's parameters.
       velocity: `velocity(params) -> (t, x) -> u`.
-      digest: SHA-256 of the parameters' bytes, in hex.
+      digest: SHA-256 of the parameters, their names, dtypes and shapes, in hex.
       average: whether `params` are the moving average.
     """
 
@@ -93,25 +91,23 @@ def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = 
     name, config = read_config(folder)
     model = _model(config)
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
-    tx = step.make_optimizer(config)
-    example = jax.eval_shape(
-        lambda key: training.init_train_state(init(key), tx), jax.random.key(0)
-    )
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
             f"A run folder must hold a checkpoint; got none in {folder}. Start its experiment "
             "again: it goes on to the end."
         )
     with checkpoints.open_manager(folder / "checkpoints") as manager:
-        state = checkpoints.restore(manager, example)
-    params = jax.device_get(state.ema_params if average else state.params)
+        example = jax.eval_shape(init, jax.random.key(0))
+        params = jax.device_get(checkpoints.restore_params(manager, example, average=average))
+        step = checkpoints.latest_step(manager)
+    assert step is not None  # else restore_params has raised
     return Trained(
         experiment=name,
         config=config,
-        step=int(state.step),
+        step=step,
         params=params,
         velocity=lambda params: functools.partial(model.apply, params),
-        digest=_digest(params),
+        digest=digests.hash_tree(params),
         average=average,
     )
 
@@ -121,14 +117,6 @@ def _model(config: RunConfig) -> models.MLP | models.UNet:
         return models.UNet(**dataclasses.asdict(config.model))
     assert isinstance(config, two_moons.Config)
     return models.MLP(**dataclasses.asdict(config.model))
-
-
-def _digest(params: Any) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _from_flags(cls: type[Any], flags: dict[str, Any]) -> Any:

@@ -6,17 +6,18 @@ pickle is read: members are taken from memory, by their exact names.
 """
 
 import gzip
-import hashlib
 import math
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from .digests import hash_file
+from .files import write_whole
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> images [N, h, w, c], labels [N]
 
@@ -58,22 +59,21 @@ def download(archive: Archive, folder: Path, timeout: float = 5.0) -> None:
       ValueError: if what came is not the archive.
     """
     with urllib.request.urlopen(archive.url, timeout=timeout) as response:
+
+        def fetch(file: BinaryIO) -> None:
+            # One byte more than promised shows an archive that is too long.
+            while file.tell() <= archive.size and (block := response.read(1 << 20)):
+                file.write(block)
+            file.flush()
+            verify(Path(file.name), archive)
+
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            path = Path(partial) / archive.file_name
-            with path.open("wb") as file:
-                # One byte more than promised shows an archive that is too long.
-                while file.tell() <= archive.size and (block := response.read(1 << 20)):
-                    file.write(block)
-            verify(path, archive)
-            path.replace(folder / archive.file_name)
+        write_whole(folder / archive.file_name, fetch)
 
 
 def verify(path: Path, archive: Archive) -> None:
     """Raises a ValueError that names the file unless it has the archive's size and SHA-256."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size, sha256 = path.stat().st_size, hash_file(path)
     if sha256 != archive.sha256:
         raise ValueError(
             f"{path} must be the published file of {archive.size} bytes with SHA-256 "

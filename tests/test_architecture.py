@@ -58,10 +58,11 @@ ARROWS = {
     "metrics.state_dicts": set(),
     "metrics.torch_files": set(),
     "metrics.encoders": {"metrics.inception", "metrics.resize", "metrics.resnet"}
-    | {"metrics.torch_files"},
+    | {"metrics.torch_files", "digests"},
     "training": {"types"},
     "sharding": {"training"},
     "digests": set(),
+    "files": set(),
     "stored": {"digests"},
     "checkpoints": {"digests", "stored", "training"},
     "data": {"_splits", "archives", "prepare", "types"},
@@ -69,7 +70,7 @@ ARROWS = {
     "pixels": {"types"},
     "dequantization": {"pixels", "types"},
     "prepare": {"archives"},
-    "archives": set(),
+    "archives": {"digests", "files"},
 }
 CORE = ("types", "paths", "couplings", "times", "losses", "guidance", "sampling")
 CORE += ("divergences", "likelihood", "lanes")
@@ -169,7 +170,7 @@ def test_every_public_name_stands_in_the_readme():
     assert not missing
 
 
-@pytest.mark.parametrize("module", ("checkpoints", "digests", "stored"))
+@pytest.mark.parametrize("module", ("checkpoints", "digests", "files", "stored"))
 def test_docstring_examples_need_nothing_else(module):
     done = doctest.testmod(importlib.import_module(f"fmjax.{module}"))
     assert done.attempted and not done.failed

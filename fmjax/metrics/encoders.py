@@ -4,7 +4,6 @@ A figure is comparable only with others from the same encoder: the same weights,
 the same road from pixels to the network, hence the protocol. Weights are never downloaded.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
+from ..digests import hash_file
 from . import inception, resize, resnet, torch_files
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -164,8 +164,7 @@ def _checked_digest(path: Path, sha256: str | None, source: str) -> str:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. {source}")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
     if sha256 is not None and not digest.startswith(sha256.lower()):
         raise ValueError(
             f"{path} must have the SHA-256 {sha256.lower()}{'...' if len(sha256) < 64 else ''}; "
