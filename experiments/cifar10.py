@@ -10,8 +10,7 @@ experiments/benchmarks/results.
 import dataclasses
 import pathlib
 
-import tyro
-
+from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
 
 
@@ -45,4 +44,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.cifar10", description=__doc__))
+    command.run(main, Config, name="experiments.cifar10", doc=__doc__)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from experiments.records import write_json, write_whole
+from experiments.records import write_json, write_whole, writing
 from fmjax import digests
 from fmjax.metrics.encoders import Encoder
 
@@ -108,8 +108,9 @@ def to_bytes(params: Any) -> bytes:
 
 def write(folder: pathlib.Path, weights: bytes, record: dict[str, Any]) -> None:
     """Writes both files, each whole or not at all, the record last."""
-    write_whole(folder / "encoder.safetensors", lambda file: file.write(weights))
-    write_json(folder / "encoder.json", record)
+    with writing(folder, lambda: "the encoder is trained again"):
+        write_whole(folder / "encoder.safetensors", lambda file: file.write(weights))
+        write_json(folder / "encoder.json", record)
 
 
 def load_encoder(folder: pathlib.Path) -> Encoder:
@@ -136,8 +137,8 @@ def load_encoder(folder: pathlib.Path) -> Encoder:
     if digest != record["sha256"]:
         raise ValueError(
             f"{path} must have the SHA-256 that encoder.json records, {record['sha256']}; got "
-            f"{digest}. It is truncated or changed: delete {folder} and make it anew by\n"
-            f"  {_command(folder, record['dataset'])}"
+            f"{digest}. It is truncated or changed: delete {folder} and make it anew by "
+            f"{_command(folder, record['dataset'])}"
         )
     fields = record["network"]
     model = Classifier(**fields | {name: tuple(fields[name]) for name in ("strides", "widths")})
@@ -161,7 +162,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not record.keys() >= _KEYS:
         raise ValueError(
             f"{path} must be a JSON record with {', '.join(sorted(_KEYS))}; got something else. "
-            f"Delete {folder} and make it anew by\n  {_command(folder, 'DATASET')}"
+            f"Delete {folder} and make it anew by {_command(folder, 'DATASET')}"
         )
     return record
 
@@ -204,7 +205,7 @@ def _existing(path: pathlib.Path) -> pathlib.Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"An encoder's folder holds encoder.json and encoder.safetensors; {path} is not there. "
-            f"Make one by\n  {_command(path.parent, 'DATASET')}"
+            f"Make one by {_command(path.parent, 'DATASET')}"
         )
     return path
 

@@ -9,6 +9,9 @@ import dataclasses
 import os
 import pathlib
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeVar
 
@@ -17,6 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+_JOIN_SECONDS = 300  # JAX's own patience
+
+
+class ProcessZeroError(RuntimeError):
+    """Process 0 of a pod has stopped, and so do the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +54,63 @@ def join(config: ClusterConfig) -> None:
     """Joins the pod, before anything asks for a device; a second call does nothing.
 
     Raises:
-      ValueError: if only some of coordinator, num_processes and process_id are given.
+      ValueError: if only some of coordinator, num_processes and process_id are given, or one of
+        them can't be; if none is given where JAX detects none; if process 0 is not reached.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     named = sum(value is not None for value in given)
     if named not in (0, 3):
-        raise ValueError(
-            "--cluster.coordinator, --cluster.num-processes and --cluster.process-id go together; "
-            f"got {given}. Give all three, or none where Slurm, Open MPI or a TPU pod tells them."
-        )
+        raise ValueError(f"{_THREE} go together; got {given}. Give all three, or none where Slurm, "
+                         "Open MPI or a TPU pod tells them.")  # fmt: skip
     wanted = named == 3 or config.join == "yes" or (config.join == "auto" and detected(os.environ))
     if config.join == "no" or not wanted or jax.distributed.is_initialized():
         return
-    # One that fails alone takes the others with it within a minute.
-    jax.distributed.initialize(*given, shutdown_timeout_seconds=60)
+    if named == 3:
+        _reach(config)
+    try:
+        # One that fails alone takes the others with it within a minute.
+        jax.distributed.initialize(*given, shutdown_timeout_seconds=60)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            "To join a pod, JAX must detect Slurm, Open MPI or a TPU pod, or be told; it says: "
+            f"{str(error).splitlines()[0]} Give {_THREE}, or --cluster.join no for a run of one "
+            "process."
+        ) from error
+
+
+def _reach(config: ClusterConfig) -> None:
+    """Refuses what can't be the three flags of a pod, and waits for its process 0."""
+    host, _, port = (config.coordinator or "").rpartition(":")
+    num, number = config.num_processes or 0, config.process_id or 0
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--cluster.coordinator must be HOST:PORT; got {config.coordinator!r}.")
+    if not 0 <= number < num:
+        raise ValueError(
+            f"--cluster.process-id must lie in 0..{num - 1}, below --cluster.num-processes; got "
+            f"{number}."
+        )
+    if number > 0:
+        _wait_for(host.strip("[]"), int(port))
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Waits until process 0 listens: JAX would abort a process that does not reach it."""
+    deadline = None
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=10):
+                return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if deadline is None:
+            print(f"Waiting for process 0 at {host}:{port}: {reason}.", file=sys.stderr)
+            deadline = time.monotonic() + _JOIN_SECONDS
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"--cluster.coordinator must name process 0, which listens there; got "
+                f"{host}:{port}: {reason}. Start process 0, or name its host and port."
+            )
+        time.sleep(0.5)
 
 
 def is_main() -> bool:
@@ -75,7 +126,7 @@ def main_first(act: Callable[[], T]) -> T | None:
 
     Raises:
       Exception: in process 0 what `act` raised.
-      RuntimeError: in the others, if it raised there.
+      ProcessZeroError: in the others, if it raised there.
     """
     result, error = None, None
     if is_main():
@@ -86,7 +137,7 @@ def main_first(act: Callable[[], T]) -> T | None:
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
         if failed and error is None:
-            raise RuntimeError("Process 0 can't go on; its message says why.")
+            raise ProcessZeroError("Process 0 can't go on; its message says why.")
     if error is not None:
         raise error
     return result
@@ -145,4 +196,5 @@ class Preemption:
         return SystemExit(128 + self.signal)
 
 
+_THREE = "--cluster.coordinator HOST:PORT, --cluster.num-processes N and --cluster.process-id I"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

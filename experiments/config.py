@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from experiments.bounds import check_numbers, check_seeds
 from experiments.cluster import ClusterConfig, join
 from fmjax import sharding
 
@@ -18,6 +18,8 @@ FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "cluster"}
 FREE |= {"data_dir", "num_samples", "sample_tolerance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
+_MAY_BE_ZERO |= {"model.dropout", "cluster.process_id"}
+_MAY_BE_EMPTY = frozenset({"model.attention_resolutions"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +67,25 @@ class RunConfig:
 
 
 def begin(config: RunConfig) -> None:
-    """Joins the pod, if there is one, and refuses flags that can't work, before all long work."""
-    join(config.cluster)
-    check(config)
-
-
-def check(config: RunConfig) -> None:
-    """Refuses flags that can't work, before anything is loaded or compiled.
+    """Joins the pod, if there is one, and refuses flags that can't work, before all long work.
 
     Raises:
       ValueError: naming the flag, what it must be and what was got.
     """
-    for name, value in vars(config).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        flag, zero = f"--{name.replace('_', '-')}", name in _MAY_BE_ZERO
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            rule = "zero or more" if zero else "positive"
-            raise ValueError(f"{flag} must be {rule}; got {value}.")
+    check_flags(config)
+    join(config.cluster)
+    check_devices(config)
+
+
+def check_flags(config: RunConfig) -> None:
+    """Refuses flags that can't work on any devices, which it does not ask for."""
+    check_numbers(
+        config,
+        may_be_zero=_MAY_BE_ZERO,
+        may_be_empty=_MAY_BE_EMPTY,
+        below_one={"model.dropout"},
+    )
+    check_seeds("seed", [config.seed])
     if config.ema_decay > 1:
         raise ValueError(f"--ema-decay must lie in [0, 1]; got {config.ema_decay}.")
     if config.checkpoint_every % config.steps_per_dispatch:
@@ -90,12 +93,25 @@ def check(config: RunConfig) -> None:
             f"--checkpoint-every must be a multiple of --steps-per-dispatch; got "
             f"{config.checkpoint_every} and {config.steps_per_dispatch}."
         )
+
+
+def check_devices(config: RunConfig) -> None:
+    """Refuses flags that can't work on the devices that there are."""
     if config.parallel == "pmap" and (config.fsdp > 1 or jax.process_count() > 1):
         raise ValueError(
             f"--parallel pmap keeps the state whole, in one process; got --fsdp {config.fsdp} and "
             f"{jax.process_count()} process(es). Take --parallel jit."
         )
     sharding.check_batch_size(config.batch_size, mesh(config).size)
+
+
+def check_num_examples(config: RunConfig, num_examples: int) -> None:
+    """Refuses batches that the data can't fill, before anything is compiled."""
+    if config.batch_size > num_examples:
+        raise ValueError(
+            f"--batch-size must be at most the {num_examples} examples of the training data; got "
+            f"{config.batch_size}. Take a smaller batch or more data."
+        )
 
 
 def mesh(config: RunConfig) -> Mesh:

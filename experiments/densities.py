@@ -108,8 +108,9 @@ def interval(bits: np.ndarray) -> tuple[Estimate, float | None, float | None]:
     """Mean and errors of bits/dim `[num_estimates, num_images]`.
 
     Returns:
-      The mean over images with its standard error; that part of the error which is the divergence
-      estimator's; and the typical standard error of one image. None where there is one estimate.
+      The mean over images with its standard error, NaN for one image; that part of the error which
+      is the divergence estimator's; and the typical standard error of one image, None for both
+      where there is one estimate.
     """
     num_estimates, num = bits.shape
     per_image = bits.mean(0)
@@ -158,7 +159,7 @@ def _bound(
         "bound": f"{name}, K = {num_draws}",
         "is_a_bound": num_draws == 1 or exact,
         "bits_per_dim": mean.value,
-        "standard_error": mean.standard_error,
+        "standard_error": None if np.isnan(mean.standard_error) else mean.standard_error,
         "standard_error_of_the_divergence": probe_error,
         "standard_error_of_one_image": image_error,
         "too_low_by_at_most": None if excess is None else excess / 2 / -scale,

@@ -9,8 +9,7 @@ standard error 0.01).
 import dataclasses
 import pathlib
 
-import tyro
-
+from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
 
 
@@ -37,4 +36,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.digits", description=__doc__))
+    command.run(main, Config, name="experiments.digits", doc=__doc__)

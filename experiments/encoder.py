@@ -21,9 +21,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
-from experiments import classifier
+from experiments import classifier, command
+from experiments.bounds import check_numbers, check_seeds
 from experiments.classifier import Classifier
 from experiments.classifier import load_encoder as load_encoder
 from experiments.progress import progress
@@ -107,13 +107,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuses flags that can't work, before anything is loaded or compiled."""
-    for name, least in (("seed", 0), ("num_steps", 1), ("batch_size", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
-    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise ValueError(f"--learning-rate must be positive; got {config.learning_rate}.")
-    if not 0 <= config.ema_decay <= 1:
+    check_numbers(config, may_be_zero={"seed", "ema_decay"})
+    check_seeds("seed", [config.seed])
+    if config.ema_decay > 1:
         raise ValueError(f"--ema-decay must lie in [0, 1]; got {config.ema_decay}.")
 
 
@@ -202,4 +198,4 @@ def _already_there(folder: pathlib.Path, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.encoder", description=__doc__))
+    command.run(main, Config, name="experiments.encoder", doc=__doc__)

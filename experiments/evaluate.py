@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import fmjax as fm
 from experiments import (
+    command,
     curve,
     densities,
     drawing,
@@ -30,8 +30,9 @@ from experiments import (
     trained,
     two_moons,
 )
+from experiments.config import RunConfig
 from experiments.protocol import Config
-from experiments.records import lock, write_json
+from experiments.records import lock, write_json, write_text, writing
 from experiments.store import Store, num_computed
 from fmjax import data, dequantization, digests
 from fmjax.metrics import Estimate
@@ -41,6 +42,16 @@ def main(config: Config) -> dict[str, Any]:
     protocol.check(config)
     name, run_config = trained.read_config(config.run)
     folder = config.run / "evaluation"
+    with writing(folder, lambda: "what is computed stays"):
+        result = evaluate(config, name, run_config, folder)
+    print(f"\n{report.table(result)}\nEvaluation folder  {folder}")
+    return result
+
+
+def evaluate(
+    config: Config, name: str, run_config: RunConfig, folder: pathlib.Path
+) -> dict[str, Any]:
+    """The figures of a run, written to its evaluation folder."""
     folder.mkdir(exist_ok=True)
     with lock(folder):
         if isinstance(run_config, images.ImageConfig):
@@ -53,8 +64,7 @@ def main(config: Config) -> dict[str, Any]:
             result["curve"] = curve_rows()
             result["batches_computed"] = num_computed(folder)
             write_json(folder / "evaluation.json", result)
-            (folder / "evaluation.md").write_text(report.table(result))
-    print(f"\n{report.table(result)}\nEvaluation folder  {folder}")
+            write_text(folder / "evaluation.md", report.table(result))
     return result
 
 
@@ -214,4 +224,4 @@ def likelihood_of(config: Config, held_out: data.ImageDataset) -> densities.Like
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.evaluate", description=__doc__))
+    command.run(main, Config, name="experiments.evaluate", doc=__doc__)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from experiments import cluster
+from experiments.records import disk_failure, write_whole
 from experiments.run import Run
 from fmjax import training
 
@@ -39,8 +40,11 @@ class NotFinite:
         self._count += 1
         try:
             dump = f"in {self._dump(step, metrics, rows, x1)}"
-        except OSError as error:
-            dump = f"not kept: {error.strerror}"
+        except Exception as error:
+            reason = disk_failure(self._run.folder, error)
+            if reason is None:
+                raise
+            dump = f"not kept: {reason}"
         most = self._run.config.max_skipped_steps
         what = (
             f"The loss of step {step} is {metrics.loss}, its gradient's norm "
@@ -62,14 +66,9 @@ class NotFinite:
         """The batch of this process: with the checkpoint before and the run's flags, all of it."""
         process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._run.folder / f"not_finite_step_{step:08d}{process}.npz"
-        np.savez(
-            path,
-            step=step,
-            seed=self._run.config.seed,
-            loss=metrics.loss,
-            gradient_norm=metrics.gradient_norm,
-            rows=rows,
-            x1=x1,
-            checkpoint=-1 if self._run.saved_step is None else self._run.saved_step,
-        )
+        arrays: dict[str, Any] = {"step": step, "seed": self._run.config.seed}
+        arrays |= {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm}
+        arrays |= {"rows": rows, "x1": x1}
+        arrays["checkpoint"] = -1 if self._run.saved_step is None else self._run.saved_step
+        write_whole(path, lambda file: np.savez(file, **arrays))
         return path

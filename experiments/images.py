@@ -17,7 +17,8 @@ import numpy as np
 
 import fmjax as fm
 from experiments import cluster, loop, plots, step
-from experiments.config import RunConfig, begin, mesh
+from experiments.config import RunConfig, begin, check_num_examples, mesh
+from experiments.errors import standard_error
 from experiments.run import Run
 from fmjax import data, models, pixels, sharding, training
 
@@ -88,6 +89,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     """Trains, draws, measures; returns what stands in summary.json."""
     begin(config)
     dataset = load(config, config.train_split)
+    check_num_examples(config, len(dataset.images))
     held_out = load(config, config.eval_split)
     model = models.UNet(**dataclasses.asdict(config.model))
     trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
@@ -115,10 +117,31 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
 
 
 def load(config: ImageConfig, split: str) -> data.ImageDataset:
-    """The split of the run's data set, in memory."""
+    """The split of the run's data set, in memory.
+
+    Raises:
+      ValueError: as `data.load` does; for a folder, and for what TFDS can't load.
+    """
     if config.dataset == "digits":
         return data.load_digits(split)
-    return data.load(config.dataset, split, config.data_dir)
+    try:
+        return data.load(config.dataset, split, config.data_dir)
+    except (ValueError, AssertionError, ImportError) as error:
+        reason = _no_dataset(config.dataset, str(error).splitlines()[0])
+        if reason is None:
+            raise
+        raise ValueError(
+            '--dataset must be "digits" or the TFDS name of an image data set, such as mnist, '
+            f"fashion_mnist or cifar10; got {config.dataset}: {reason}"
+        ) from error
+
+
+def _no_dataset(name: str, said: str) -> str | None:
+    """Why a name is no data set's, where TFDS or `fmjax.data` could make nothing of it."""
+    foreign = said.startswith(("Parsing builder name", "Failed to construct"))  # in TFDS's words
+    if pathlib.Path(name).expanduser().is_dir() and (foreign or said.startswith("name must be")):
+        return "that is a folder. Pictures of your own can't be trained on yet."
+    return f"TFDS says: {said}" if foreign else None
 
 
 def make_draw(config: ImageConfig, num_levels: int) -> step.Draw:
@@ -214,9 +237,7 @@ def measure_bits_per_dim(
     values = np.concatenate(values)[: len(images)]
     return {
         "bits_per_dim": float(values.mean()),
-        "bits_per_dim_standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))
-        if len(values) > 1
-        else None,
+        "bits_per_dim_standard_error": standard_error(values),
         "bits_per_dim_method": (
             f"first {len(images)} images of {config.dataset} {config.eval_split}; uniform "
             f"dequantisation of {dataset.num_levels} levels, one draw; Hutchinson with "

@@ -9,8 +9,7 @@ On two cores of a shared server: 23 minutes of training, 3.62 bits/dim (held out
 import dataclasses
 import pathlib
 
-import tyro
-
+from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
 
 
@@ -35,4 +34,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.mnist", description=__doc__))
+    command.run(main, Config, name="experiments.mnist", doc=__doc__)

@@ -10,6 +10,7 @@ import numpy as np
 import fmjax as fm
 from experiments import drawing
 from experiments.curve import errors_over_seeds, over_seeds
+from experiments.errors import standard_error
 from experiments.store import Store, progress
 from experiments.trained import Trained
 from fmjax import metrics, sharding
@@ -50,7 +51,7 @@ def likelihood(
     return {
         "num_points": len(log_p),
         "nats_per_point": float(log_p.mean()),
-        "standard_error": float(log_p.std(ddof=1) / np.sqrt(len(log_p))),
+        "standard_error": standard_error(log_p),
         "solver_error": {
             "tolerance": tolerance,
             "difference": float((log_p - tight).mean()),

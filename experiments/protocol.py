@@ -8,6 +8,7 @@ import jax
 import tyro
 
 from experiments import judging, trained
+from experiments.bounds import check_numbers, check_seeds
 from experiments.config import flags
 from experiments.records import environment
 from fmjax import data, sharding
@@ -57,23 +58,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuses flags that can't work, before anything is loaded."""
-    for name in ("batch_size", "tolerance", "num_samples", "eval_examples", "num_draws"):
-        if not getattr(config, name) > 0:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be positive; got {getattr(config, name)}.")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise ValueError(f"--seeds must be different and not negative; got {config.seeds}.")
-    if config.num_probes < 1:
-        raise ValueError(f"--num-probes must be at least 1; got {config.num_probes}.")
+    check_numbers(config, may_be_zero={"curve_examples", "seeds"}, may_be_empty={"seeds"})
+    check_seeds("seeds", config.seeds)
     if config.eval_examples < 2:
         raise ValueError(f"--eval-examples must be at least 2; got {config.eval_examples}.")
-    if config.curve_examples < 0:
-        raise ValueError(f"--curve-examples must be 0 or more; got {config.curve_examples}.")
-    for name in ("curve_evaluations", "curve_tolerances"):
-        values = getattr(config, name)
-        if not values or not min(values) > 0:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be positive, at least one; got {values}.")
     judging.check(config.judge)
     sharding.check_batch_size(config.batch_size, jax.device_count())
 

@@ -1,20 +1,32 @@
 """The small files of a run folder: written whole or not at all, by one process at a time."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any, TextIO
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TextIO
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from fmjax.checkpoints import CheckpointSaveError
 from fmjax.files import write_whole as write_whole
+
+# What the system says of a disk that is full, over its quota, read-only, closed to us or broken.
+_OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+_OF_DISKS |= {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+
+
+class DiskError(OSError):
+    """A folder can't be written; the message says what of it is kept."""
 
 
 def claim(folder: pathlib.Path) -> TextIO:
@@ -38,7 +50,13 @@ def claim(folder: pathlib.Path) -> TextIO:
 
 def lock(folder: pathlib.Path) -> TextIO:
     """Holds the folder for this process; the system lets go of it however the process ends."""
-    file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
+    except OSError as error:
+        raise ValueError(
+            f"A folder must be one that can be written; got {folder}: {error.strerror}. Make room "
+            "there, or take another one."
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -53,6 +71,51 @@ def lock(folder: pathlib.Path) -> TextIO:
             "it, or take another folder."
         ) from None
     return file
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path, kept: Callable[[], str]) -> Iterator[None]:
+    """Where a file can't be written, says the folder, the reason, what is kept, and the fix.
+
+    Args:
+      folder: what is written.
+      kept: what is said to be kept, asked for when it happens.
+
+    Raises:
+      DiskError: instead of any error behind which a disk's is found.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = disk_failure(folder, error)
+        if reason is None:
+            raise
+        raise DiskError(
+            f"{folder} can't be written: {reason}; {kept()}. Make room there, or repair the disk, "
+            "and start again."
+        ) from error
+
+
+def disk_failure(folder: pathlib.Path, error: BaseException | None) -> str | None:
+    """What the system says of the folder's disk behind an error; None where it says nothing.
+
+    An archive that can't be closed on a full disk fails once more, with an error of its own. None
+    also for what is in words already, a checkpoint's error or a DiskError, and for a file that is
+    not in the folder.
+    """
+    while error is not None:
+        if isinstance(error, DiskError | CheckpointSaveError):
+            return None
+        if isinstance(error, OSError) and error.errno in _OF_DISKS:
+            inside = not error.filename or folder.absolute() in _above(error.filename)
+            return os.strerror(error.errno) if inside else None
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _above(file: str) -> set[pathlib.Path]:
+    path = pathlib.Path(file).absolute()
+    return {path, *path.parents}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from experiments.progress import progress
-from experiments.records import write_json, write_whole
+from experiments.records import write_json, write_whole, writing
 from fmjax import digests
 from fmjax.metrics import Moments, moments
 from fmjax.metrics.encoders import Encoder
@@ -176,9 +176,10 @@ def _store(path: pathlib.Path, features: np.ndarray, identity: dict[str, Any]) -
     def write(file: BinaryIO) -> None:
         np.savez(file, features=features, mean=fitted.mean, covariance=fitted.covariance)
 
-    write_whole(path, write)
-    record = identity | {"arrays_sha256": digests.hash_file(path)}
-    write_json(path.with_suffix(".json"), record)
+    with writing(path.parent, lambda: "the features are computed again"):
+        write_whole(path, write)
+        record = identity | {"arrays_sha256": digests.hash_file(path)}
+        write_json(path.with_suffix(".json"), record)
     return Reference(features, fitted, record)
 
 

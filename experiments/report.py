@@ -36,7 +36,8 @@ def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
         part += "" if one is None else f", {one:.3f} on one image"
         low = bound["too_low_by_at_most"]
         part += "" if low is None else f"; the probes' noise lowers it by at most {low:.4f}"
-        figure = f"{bound['bits_per_dim']:.4f} ± {bound['standard_error']:.4f}"
+        error = bound["standard_error"]
+        figure = f"{bound['bits_per_dim']:.4f}" + ("" if error is None else f" ± {error:.4f}")
         kind = "at most" if bound["is_a_bound"] else "estimate of the bound"
         rows.append((f"bits/dim, {kind}: {bound['bound']}", figure, images + part))
     error = likelihood["solver_error"]

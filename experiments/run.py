@@ -25,11 +25,18 @@ import math
 import sys
 from typing import Any
 
-import tensorboardX
-
 from experiments import cluster
 from experiments.config import FREE, RunConfig, flags
-from experiments.records import claim, compiled_in, environment, write_json, write_text
+from experiments.events import Events
+from experiments.records import (
+    claim,
+    compiled_in,
+    disk_failure,
+    environment,
+    write_json,
+    write_text,
+    writing,
+)
 from fmjax import checkpoints, training
 
 
@@ -39,6 +46,7 @@ class Run:
     Raises:
       ValueError: if the folder can't be written, holds a run with other flags, which are listed, or
         one that is further than `num_steps`, or if another process is running there.
+      DiskError: on leaving, if one of the folder's files could not be written.
     """
 
     def __init__(self, experiment: str, config: RunConfig):
@@ -46,7 +54,8 @@ class Run:
         self.config = config
         self._flags = flags(config)
         self._lock = cluster.main_first(lambda: claim(self.folder))
-        self._manager = checkpoints.open_manager(self.folder / "checkpoints")
+        with writing(self.folder, lambda: "nothing was begun"):
+            self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
             checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
             self._check_num_steps()
@@ -56,7 +65,7 @@ class Run:
         self._record = {"experiment": experiment, "config": self._flags} | environment()
         self._record |= {"global_batch": config.batch_size}
         self.seconds = 0.0  # of training, earlier starts included
-        self._writer = None
+        self._events = None
 
     def __enter__(self) -> "Run":
         self._compiled = contextlib.ExitStack()
@@ -64,14 +73,23 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            self._compiled.close()
-            if self._writer is not None:
-                self._writer.close()
-            self._close()
-        except Exception:
-            if error is None:  # else it is the same failure once more
-                raise
+        with writing(self.folder, self._kept):
+            try:
+                self._compiled.close()
+                if self._events is not None:
+                    self._events.close()
+                self._close()
+            except Exception:
+                if error is None:  # else it is the same failure once more
+                    raise
+            if disk_failure(self.folder, error):
+                raise error
+
+    def _kept(self) -> str:
+        """What a run that can't go on leaves to the next start."""
+        folders = (self.folder / "checkpoints").iterdir()
+        steps = [int(path.name) for path in folders if path.name.isdigit()]
+        return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
     def _close(self) -> None:
         try:
@@ -120,8 +138,7 @@ class Run:
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.folder / "metrics.jsonl", lines)
-        folder = str(self.folder / "tensorboard")
-        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
+        self._events = Events(self.folder / "tensorboard", step + 1)
 
     @property
     def saved_step(self) -> int | None:
@@ -134,15 +151,14 @@ class Run:
 
     def log(self, step: int, metrics: training.Metrics, images_per_second: float) -> None:
         """A line in metrics.jsonl, and the same for TensorBoard; by process 0."""
-        if self._writer is None:
+        if self._events is None:
             return
         row = {name: float(value) for name, value in metrics._asdict().items()}
         row |= {"images_per_second": images_per_second, "seconds": round(self.seconds, 3)}
         plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | plain) + "\n")
-        for name, value in row.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        self._events.scalars(step, {f"train/{name}": value for name, value in row.items()})
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, None for what was not finite.

@@ -51,10 +51,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from experiments import toy_data, toy_flows, toy_report
-from experiments.records import environment, write_json
+from experiments import command, toy_data, toy_flows, toy_report
+from experiments.bounds import check_numbers, check_seeds
+from experiments.records import environment, write_json, write_text, writing
 from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"
@@ -89,14 +89,10 @@ class Config:
 
 
 def check(config: Config) -> None:
-    if len(config.seeds) < 2 or len(set(config.seeds)) != len(config.seeds):
-        raise ValueError(
-            f"--seeds must be two or more different numbers; got {config.seeds}. A spread over "
-            "seeds needs two."
-        )
-    for name in (*PROTOCOL, "chunk_steps", "reference_draws"):
-        if not getattr(config, name) > (1 if name == "reference_draws" else 0):
-            raise ValueError(f"--{name.replace('_', '-')} is too small: {getattr(config, name)}.")
+    check_numbers(config, may_be_zero={"seeds"}, may_be_empty={"seeds"})
+    check_seeds("seeds", config.seeds, least=2)  # for a spread over them
+    if config.reference_draws < 2:
+        raise ValueError(f"--reference-draws must be at least 2; got {config.reference_draws}.")
 
 
 def cells() -> list[tuple[str, str]]:
@@ -193,6 +189,12 @@ def load_recorded(config: Config) -> list[dict[str, Any]]:
 
 def main(config: Config) -> dict[str, Any]:
     check(config)
+    with writing(config.workdir, lambda: "the cells that are finished stay"):
+        return fill_table(config)
+
+
+def fill_table(config: Config) -> dict[str, Any]:
+    """Does the cells that are missing, prints the table, writes both down."""
     config.workdir.mkdir(parents=True, exist_ok=True)
     pairs = [resume(config, pair, lambda p=pair: run_pair(config, p)) for pair in toy_data.PAIRS]
     rows = [
@@ -201,7 +203,7 @@ def main(config: Config) -> dict[str, Any]:
     ]
     table = toy_report.markdown(pairs, rows, load_recorded(config))
     print(table)
-    (config.workdir / "toy_table.md").write_text(table)
+    write_text(config.workdir / "toy_table.md", table)
     summary = {
         "experiment": "toy_table",
         "command": "python -m experiments.toy_table",
@@ -220,4 +222,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.toy_table", description=__doc__))
+    command.run(main, Config, name="experiments.toy_table", doc=__doc__)

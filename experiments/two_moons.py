@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from sklearn import datasets
 
 import fmjax as fm
-from experiments import cluster, loop, plots, step
-from experiments.config import RunConfig, begin, mesh
+from experiments import cluster, command, loop, plots, step
+from experiments.bounds import check_seeds
+from experiments.config import RunConfig, begin, check_num_examples, mesh
+from experiments.errors import standard_error
 from experiments.run import Run
 from fmjax import models, sharding, training
 
@@ -60,12 +61,14 @@ def moons(num: int, noise: float, seed: int) -> np.ndarray:
 
 
 def main(config: Config) -> dict[str, Any]:
+    check_seeds("seed", [config.seed], num_seeds=2**30)  # scikit-learn's have 32 bits
     begin(config)
     # Held-out points have a seed of their own.
     x1, held_out = (
         moons(num, config.noise, 2 * config.seed + k)
         for k, num in enumerate((50_000, config.eval_examples))
     )
+    check_num_examples(config, len(x1))
     model = models.MLP(**dataclasses.asdict(config.model))
     tx = step.make_optimizer(config)
     key_params, key_train, key_x0 = jax.random.split(jax.random.key(config.seed), 3)
@@ -132,7 +135,7 @@ def evaluate(
         )
     return {
         "log_likelihood": float(log_p.mean()),
-        "log_likelihood_standard_error": float(log_p.std(ddof=1) / np.sqrt(len(log_p))),
+        "log_likelihood_standard_error": standard_error(log_p),
         "log_likelihood_method": (
             f"nats per point, {len(log_p)} held-out points; exact divergence, Tsit5, tolerance "
             "1e-5; EMA parameters"
@@ -144,4 +147,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.two_moons", description=__doc__))
+    command.run(main, Config, name="experiments.two_moons", doc=__doc__)

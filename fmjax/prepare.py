@@ -12,9 +12,11 @@ takes the archives from a folder; without `--archives` they are downloaded.
 """
 
 import argparse
+import errno
 import http.client
 import io
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from .archives import SOURCES, Archive, Source, Splits, download, verify
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def data_root(data_dir: str | os.PathLike | None) -> Path:
@@ -63,6 +67,7 @@ def prepare(
     Raises:
       ValueError: for an unknown name, and for an archive that is truncated or not the right one.
       FileNotFoundError: if an archive is absent and can't be downloaded.
+      OSError: if the disk is full, or can't be written; nothing is left of what was begun.
 
     Example:
       >>> prepare("mnist", archives="archives", data_dir="data")  # doctest: +SKIP
@@ -86,9 +91,9 @@ def prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             file_format="array_record",
         )
-    except OSError:
+    except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
         if not is_prepared(name, data_dir):  # else another process was quicker: its copy serves
-            raise
+            raise _disk_error(root, error) or error from error
     return _folder(name, data_dir)
 
 
@@ -98,7 +103,21 @@ def _fetch(name: str, archive: Archive, folder: Path, root: Path, may_download: 
             raise FileNotFoundError(f"{folder} holds no {archive.file_name}")
         download(archive, folder)
     except (OSError, http.client.HTTPException) as error:
-        raise FileNotFoundError(missing(name, root, f"{archive.file_name}: {error}")) from error
+        absent = FileNotFoundError(missing(name, root, f"{archive.file_name}: {error}"))
+        raise _disk_error(root, error) or absent from error
+
+
+def _disk_error(folder: Path, error: Exception) -> OSError | None:
+    """The error of a disk that can't be written, in words; None for another error."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, RuntimeError):  # ArrayRecord's: the system's words are in its text
+        number = next((n for n in _OF_DISKS if os.strerror(n) in str(error)), None)
+    if number not in _OF_DISKS:
+        return None
+    return OSError(
+        f"{folder} can't be written: {os.strerror(number)}; nothing is left of what was begun. "
+        "Make room there, or repair the disk, and start again."
+    )
 
 
 def missing(name: str, data_dir: str | os.PathLike | None, reason: str) -> str:
@@ -161,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--archives", help="folder of the original archives; else downloaded")
     parser.add_argument("--data-dir", help="where it goes; else TFDS_DATA_DIR or TFDS's default")
     parser.add_argument("--no-check", action="store_true", help="take archives packed anew")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     args = parser.parse_args(argv)
     if is_prepared(args.name, args.data_dir):
         parser.exit(
@@ -170,8 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = prepare(
             args.name, archives=args.archives, data_dir=args.data_dir, check=not args.no_check
         )
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted. What is written is whole: start the command again.\n")
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        parser.exit(2, "" if args.traceback else f"error: {error}\n")
     print(f"{args.name} is prepared in {folder}")
 
 

@@ -39,10 +39,9 @@ class DamagedCheckpointError(ValueError):
 
     def __init__(self, folder: Any, damaged: Sequence[Damaged], advice: str):
         self.damaged = tuple(damaged)
-        lines = "".join(f"  step {step}: {reason}\n" for step, reason in damaged)
-        super().__init__(
-            f"A checkpoint must be what was saved; damaged in {folder}:\n{lines}{advice}"
-        )
+        found = [f"step {step}: {reason}" for step, reason in damaged]
+        text = f" {found[0]}. " if len(found) == 1 else "\n  {}\n".format("\n  ".join(found))
+        super().__init__(f"A checkpoint must be what was saved; damaged in {folder}:{text}{advice}")
 
 
 class CheckpointSaveError(OSError):

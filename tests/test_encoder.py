@@ -149,10 +149,12 @@ def test_other_images_are_refused(folder):
 
 def test_a_missing_folder_or_file_comes_with_the_command(copy, tmp_path):
     command = "python -m experiments.encoder --dataset"
-    with pytest.raises(FileNotFoundError, match=f"encoder.json is not there.*\n  {command}"):
+    with pytest.raises(
+        FileNotFoundError, match=f"encoder.json is not there. Make one by {command}"
+    ):
         load_encoder(tmp_path / "nowhere")
     (copy / "encoder.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=f"safetensors is not there.*\n  {command}"):
+    with pytest.raises(FileNotFoundError, match=f"safetensors is not there. Make one by {command}"):
         load_encoder(copy)
 
 
@@ -165,7 +167,7 @@ def flip_a_bit(content):
 def test_weights_that_are_changed_or_truncated_are_refused(copy, damage):
     path = copy / "encoder.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="must have the SHA-256 .*\n.*--dataset digits --workdir"):
+    with pytest.raises(ValueError, match="must have the SHA-256 .*--dataset digits --workdir"):
         load_encoder(copy)
     with pytest.raises(ValueError, match="must have the SHA-256"):
         train(copy)  # nor is it taken for a finished one

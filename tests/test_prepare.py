@@ -1,7 +1,9 @@
 """Preparing from archives in the original formats, made here with a few images each."""
 
+import errno
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import urllib.error
@@ -189,5 +191,37 @@ def test_command_line_without_tensorflow(tmp_path):
 def test_command_line_errors_are_one_message(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         prepare.main(["cifar10", "--archives", str(tmp_path), "--data-dir", str(tmp_path)])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith("cifar10 must be prepared or its archives be at hand")
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cifar10 must be prepared or its archives be at hand")
+    assert "Traceback" not in said
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(["mnist", "--traceback", "--archives", "none", "--data-dir", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "Traceback" in said and "FileNotFoundError: mnist" in said
+
+
+def test_ctrl_c_while_preparing(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(["mnist", "--data-dir", str(tmp_path)])
+    assert caught.value.code == 130 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    """ArrayRecord's writer has its own kind of error, with the system's words in the text."""
+    make_mnist(tmp_path)
+    full = os.strerror(errno.ENOSPC)
+
+    def download_and_prepare(*args, **kwargs):
+        raise RuntimeError(f'Failed to finalize writing of split "train": write() failed: {full}')
+
+    monkeypatch.setattr(prepare._Builder, "download_and_prepare", download_and_prepare)
+    with pytest.raises(OSError, match=f"{tmp_path} can't be written: {full}; nothing is left"):
+        prepare.prepare("mnist", archives=tmp_path, data_dir=tmp_path, check=False)
+    monkeypatch.setattr(prepare, "download", lambda *args: os.open(tmp_path / "x", os.O_RDONLY))
+    with pytest.raises(FileNotFoundError, match="No such file"):  # of the network, or of a file
+        prepare.prepare("cifar10", data_dir=tmp_path)

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from namespaces import in_a_namespace
 
 from experiments import trained, two_moons
 
@@ -163,16 +164,6 @@ def test_memory_stays_constant_over_10000_steps(tmp_path, steps_per_dispatch):
     assert all(0.95 * first < size < 1.05 * first for size in later.values())
 
 
-def in_a_namespace(script):
-    """Runs a shell script in which `mount` is allowed, or skips."""
-    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True)
-    if probe.returncode:
-        pytest.skip(f"no mount namespace here: {probe.stderr.decode().strip()}")
-    return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True
-    )
-
-
 def test_a_read_only_folder_is_refused_before_training(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -194,7 +185,7 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
         f"mount -t tmpfs -o size=3m none {disk} && ({run}; echo code $?; "
         f"ls {disk}/run/checkpoints; mount -o remount,size=300m {disk}; exec {run})"
     )
-    first, stopped, rest = done.stdout.partition("code 1\n")
+    first, stopped, rest = done.stdout.partition("code 2\n")
     assert stopped and "Run folder" not in first, done.stdout + done.stderr
     assert "No space left on device" in done.stderr and "last good one is step" in done.stderr
     assert done.returncode == 0 and '"step": 400' in rest, done.stderr

@@ -217,9 +217,9 @@ def test_the_command_repeats_and_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_seeds_must_be_two_and_different(tmp_path):
     for seeds in ((0,), (1, 1)):
-        with pytest.raises(ValueError, match="two or more different numbers"):
+        with pytest.raises(ValueError, match="--seeds must be different numbers, at least 2"):
             toy_table.main(tiny(tmp_path, seeds=seeds))
-    with pytest.raises(ValueError, match="--num-steps is too small: 0"):
+    with pytest.raises(ValueError, match="--num-steps must be positive; got 0"):
         toy_table.main(tiny(tmp_path, num_steps=0))
 
 

@@ -34,10 +34,9 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import fmjax as fm
-from experiments import cifar10, images, step
+from experiments import cifar10, command, images, step
 from experiments.config import mesh
 from experiments.records import environment, write_json
 from fmjax import models, sharding
@@ -238,4 +237,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command.run(main, Config, name="experiments.benchmarks.accelerator", doc=__doc__)

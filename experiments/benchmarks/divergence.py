@@ -24,10 +24,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import fmjax as fm
-from experiments import images, trained
+from experiments import command, images, trained
 from experiments.records import environment, write_json
 from fmjax import pixels
 
@@ -135,4 +134,4 @@ def _table(errors: dict[str, dict[str, float]], config: Config) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.benchmarks.divergence", description=__doc__))
+    command.run(main, Config, name="experiments.benchmarks.divergence", doc=__doc__)

@@ -32,9 +32,9 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import fmjax as fm
+from experiments import command
 from experiments.records import environment, write_json
 from fmjax import lanes, models
 
@@ -194,4 +194,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.benchmarks.uneven", description=__doc__))
+    command.run(main, Config, name="experiments.benchmarks.uneven", doc=__doc__)

@@ -16,8 +16,6 @@ import pathlib
 import tempfile
 from typing import Any
 
-import tyro
-
 from experiments.benchmarks.compare import report
 from experiments.benchmarks.compare.rows import ROWS, Row
 from experiments.benchmarks.compare.workers import Failed, Options, Side
@@ -118,4 +116,6 @@ def _facts(row: Row, sides: dict[str, Side], errors: dict[str, str]) -> dict[str
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, prog="python -m experiments.benchmarks.compare", description=__doc__))
+    from experiments import command  # not at the top: workers import this file, and JAX later
+
+    command.run(main, Config, name="experiments.benchmarks.compare", doc=__doc__)

@@ -1,0 +1,176 @@
+"""How a command begins and ends: its flags, its errors, its exit code.
+
+    0         done
+    1         an error in the code, with its traceback
+    2         an error that can be expected (flags, data, a folder, a full disk, a loss that is not
+              finite, a pod that can't be joined), as one message on stderr
+    130, 143  Ctrl-C and SIGTERM
+
+Every command has the flag `--traceback`, which shows where an expected error was raised. The flag
+is no field of a Config: no run folder records it. A `main(config)` called from Python raises.
+"""
+
+import dataclasses
+import gc
+import inspect
+import logging
+import pathlib
+import re
+import shlex
+import sys
+import traceback
+import typing
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from experiments.cluster import ProcessZeroError
+
+_OURS = frozenset({"fmjax", "experiments", "__main__"})
+_TALKERS = ("absl", "asyncio", "jax._src.callback")  # they log the errors that they raise
+
+
+def run(
+    main: Callable[[Any], Any],
+    config: type[Any],
+    *,
+    name: str,
+    doc: str | None,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Reads the flags and calls `main(config)`.
+
+    Args:
+      main: what the command does.
+      config: the dataclass of its flags.
+      name: the command's module, "experiments.digits" for instance.
+      doc: what `--help` says first.
+      args: the words of the command line; None for this process's.
+
+    Raises:
+      SystemExit: with the exit code, unless all went well.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    show = "--traceback" in args
+    if not show:
+        _quieten()
+    code = _exit_code(lambda: main(parse(config, name, doc, args)), show)
+    gc.collect()  # what the error held complains while hooks are heard, not at the very end
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(act: Callable[[], Any], show: bool) -> int:
+    """Acts; an expected error or Ctrl-C becomes a message and an exit code."""
+    try:
+        act()
+    except KeyboardInterrupt:
+        if show:
+            traceback.print_exc()
+        print("\nInterrupted. What is written is whole: start the command again.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = in_words(error)
+        if message is None:
+            raise
+        if show:
+            traceback.print_exception(error)
+        else:
+            print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def in_words(error: Exception) -> str | None:
+    """The message of an error that can be expected, or None for an error in the code.
+
+    A ValueError can be expected where a `raise` in this repository made it. One that comes out of a
+    library was not foreseen.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return _of_the_device(str(error))
+    if isinstance(error, MemoryError):
+        return f"The memory is full: {str(error) or 'an allocation failed'}. Take a smaller batch."
+    always = isinstance(error, OSError | FloatingPointError | ProcessZeroError)
+    always |= isinstance(error, RuntimeError) and str(error).startswith("The solve ")
+    if always or (isinstance(error, ValueError) and _raised_here(error)):
+        return str(error)
+    return None
+
+
+def _of_the_device(text: str) -> str | None:
+    """A solve that failed, or a device whose memory is full."""
+    if failed := re.search(r"RuntimeError: (The solve .+)", text):
+        return failed[1]
+    if full := re.search(r"RESOURCE_EXHAUSTED: .+", text):
+        return f"The device's memory is full: {full[0]} Take a smaller batch."
+    return None
+
+
+def _raised_here(error: Exception) -> bool:
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    statement = traceback.extract_tb(error.__traceback__, limit=-1)[0].line or ""
+    root = frame.f_globals.get("__name__", "").split(".")[0]
+    return root in _OURS and statement.startswith("raise ")
+
+
+def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) -> Any:
+    """The flags as a `config`.
+
+    Raises:
+      ValueError: for a flag that is given twice, or a positional value that is given as a flag.
+      SystemExit: with the code 2 for all that tyro refuses, 0 after `--help`.
+    """
+    prog = f"python -m {name}"
+    _refuse_flags_of_positionals(config, prog, args)
+    _refuse_repetitions(args)
+    shown = tyro.conf.arg(help="Show where an error was raised.")
+    fields = [
+        ("config", Annotated[config, tyro.conf.arg(name="")]),
+        ("traceback", Annotated[bool, tyro.conf.FlagCreatePairsOff, shown], False),
+    ]
+    command: Any = dataclasses.make_dataclass("Command", fields)
+    return tyro.cli(command, prog=prog, description=doc, args=args).config
+
+
+def _refuse_repetitions(args: Sequence[str]) -> None:
+    """argparse would take the last one in silence."""
+    flags = [word.split("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    counts = Counter(flag.replace("--no-", "--", 1) for flag in flags)
+    if twice := [flag for flag, count in counts.items() if count > 1]:
+        given = " ".join(word for word in args)
+        raise ValueError(f"A flag is given once; got {', '.join(twice)} twice in: {given}")
+
+
+def _refuse_flags_of_positionals(config: type[Any], prog: str, args: Sequence[str]) -> None:
+    for field, hint in typing.get_type_hints(config, include_extras=True).items():
+        kind, *marks = typing.get_args(hint) or (hint,)
+        flag, text = f"--{field}", "\0".join(args)
+        if tyro.conf.Positional in marks and re.search(rf"(^|\0){flag}[\0=]", text + "\0"):
+            what = "folder" if kind is pathlib.Path else field
+            rest = re.sub(rf"(^|\0){flag}[\0=]", r"\1", text + "\0").strip("\0").split("\0")
+            raise ValueError(f"The {what} is positional, without {flag}: {prog} {shlex.join(rest)}")
+
+
+def _quieten() -> None:
+    """Silences, until the process ends, what libraries print besides the error that they raise.
+
+    Where a save fails, Orbax's threads log tracebacks, TensorStore prints one for every write that
+    comes back to a closed event loop, and so does every coroutine that is left unfinished.
+    """
+    for talker in _TALKERS:
+        logging.getLogger(talker).addFilter(_is_heard)
+    sys.unraisablehook = _on_unraisable
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+def _on_unraisable(unraisable: Any) -> None:
+    late = "Event loop is closed" in str(unraisable.exc_value)
+    if not late and not inspect.iscoroutine(unraisable.object):
+        sys.__unraisablehook__(unraisable)

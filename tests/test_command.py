@@ -1,0 +1,245 @@
+"""How commands end: one line and exit code 2 for what can be expected, a traceback for a bug."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+
+import fmjax as fm
+from experiments import command, digits, encoder, evaluate, toy_table, two_moons
+from experiments.cluster import ProcessZeroError
+from experiments.run import Run
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of a command."""
+
+    folder: Annotated[pathlib.Path, tyro.conf.Positional] = pathlib.Path("a")
+    """A folder."""
+    num_steps: int = 3
+    """Steps."""
+    flip: bool = False
+    """Whether to flip."""
+
+
+def end(capsys, main, *args, config=Config, name="experiments.some"):
+    """The exit code of a command, and what it said on stderr."""
+    code = 0
+    try:
+        command.run(main, config, name=name, doc="What it does.", args=args)
+    except SystemExit as ended:
+        code = ended.code
+    return code, capsys.readouterr().err
+
+
+def raising(error):
+    def main(config):
+        raise error
+
+    return main
+
+
+def one_line(said):
+    assert said.startswith("error: ") and "Traceback" not in said, said
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "said"),
+    [
+        (two_moons, "--model.features 0", "--model.features must be positive; got 0."),
+        (two_moons, "--model.features", "--model.features must have at least one value"),
+        (two_moons, "--num-steps -3", "--num-steps must be positive; got -3."),
+        (two_moons, "--learning-rate nan", "--learning-rate must be positive; got nan."),
+        (two_moons, "--seed 4294967296", "--seed must lie in 0..1073741823; got 4294967296."),
+        (two_moons, "--seed 3 --num-steps 2 --seed=4", "given once; got --seed twice in: --seed 3"),
+        (digits, "--flip --no-flip", "given once; got --flip twice"),
+        (digits, "--num_steps 2 --num-steps 2", "given once; got --num-steps twice"),
+        (digits, "--dataset ./", "got ./: that is a folder. Pictures of your own can't be"),
+        (digits, "--model.num-heads 0", "--model.num-heads must be positive; got 0."),
+        (digits, "--model.channel-multipliers 1 1 1 1 1", "must be divisible by 16"),
+        (digits, "--workdir /dev/null/run", "/dev/null/run: Not a directory"),
+        (evaluate, "--run runs/a --seeds 1", "python -m experiments.evaluate runs/a --seeds 1"),
+        (evaluate, "--run=runs/a", "The folder is positional"),
+        (evaluate, "no/such/folder", "must hold config.json; got no/such/folder"),
+        (evaluate, "pyproject.toml", "must hold config.json; got pyproject.toml"),
+        (toy_table, "--seeds 1", "--seeds must be different numbers, at least 2; got 1."),
+        (toy_table, "--sigma inf", "--sigma must be positive; got inf."),
+        (encoder, "--learning-rate 0", "--learning-rate must be positive; got 0.0."),
+    ],
+)  # fmt: skip
+def test_expected_errors_are_one_line(capsys, monkeypatch, module, flags, said):
+    monkeypatch.chdir(ROOT)
+    args = flags.split()
+    if module in (two_moons, digits) and "--workdir" not in args:
+        args += ["--workdir", "no/such/run"]
+    code, got = end(capsys, module.main, *args, config=module.Config, name=module.__name__)
+    assert code == 2 and said in one_line(got)
+    assert not (ROOT / "no").exists()
+
+
+@pytest.mark.parametrize("args", [("--num-stps", "3"), ("a", "b"), ("--num-steps", "x")])
+def test_what_tyro_refuses(capsys, args):
+    code, said = end(capsys, print, *args)
+    assert code == 2 and "Traceback" not in said
+    assert "--num-steps" in said or "Unrecognized options: b" in said
+
+
+def test_a_folder_that_is_missing_is_asked_for(capsys):
+    code, said = end(capsys, evaluate.main, config=evaluate.Config)
+    assert code == 2 and "Missing from" in said and "Run folder of an image" in said
+
+
+def failed_solve(config):
+    solve = jax.jit(lambda x: fm.sample(lambda t, x: jnp.where(t > 0.5, jnp.nan, -x), x))
+    jax.block_until_ready(solve(jnp.ones((2, 2))))
+
+
+def no_steps(config):
+    """A ValueError of fmjax's that comes through JAX's frames."""
+    jax.jit(lambda x: fm.sample(lambda t, x: -x, x, num_steps=0))(jnp.ones((2, 2)))
+
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes."
+
+
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        (no_steps, "error: num_steps must be at least 1; got 0"),
+        (raising(FileNotFoundError("no archives")), "error: no archives\n"),
+        (raising(OSError(28, "No space left on device", "a/file")), "No space left.*a/file"),
+        (raising(FloatingPointError("The loss of step 4 is nan")), "The loss of step 4 is nan"),
+        (raising(ProcessZeroError("Process 0 can't go on")), "Process 0 can't go on"),
+        (raising(MemoryError()), "memory is full: an allocation failed. Take a smaller batch"),
+        (raising(jax.errors.JaxRuntimeError(FULL)), "memory is full: .*99 bytes. Take a smaller"),
+        (failed_solve, "error: The solve stopped .*velocity"),
+    ],
+)
+def test_kinds_of_errors_that_are_expected(capfd, main, said):
+    code, got = end(capfd, main)
+    assert code == 2
+    assert re.search(said, one_line(got))
+
+
+def of_a_library(config):
+    np.zeros(3).reshape(2)
+
+
+@pytest.mark.parametrize(
+    ("main", "kind"),
+    [
+        (raising(TypeError("a bug")), TypeError),
+        (raising(AssertionError("a bug")), AssertionError),
+        (raising(KeyError("a bug")), KeyError),
+        (raising(jax.errors.JaxRuntimeError("INTERNAL: a bug")), RuntimeError),
+        (of_a_library, ValueError),
+    ],
+)
+def test_an_error_in_the_code_is_raised(main, kind):
+    with pytest.raises(kind):
+        command.run(main, Config, name="some", doc=None, args=[])
+
+
+def test_signals_keep_their_exit_codes(capsys):
+    code, said = end(capsys, raising(KeyboardInterrupt()))
+    assert code == 130 and len(said.strip().splitlines()) == 1 and "Interrupted" in said
+    assert end(capsys, raising(SystemExit(143))) == (143, "")
+
+
+def refuse(config):
+    command._refuse_repetitions(["--a", "--a"])
+
+
+def test_traceback_is_a_flag_of_every_command_and_no_field_of_its_config(capsys):
+    code, said = end(capsys, refuse, "--traceback")
+    assert code == 2 and said.startswith("Traceback") and "in _refuse_repetitions" in said
+    assert said.splitlines()[-1].startswith("ValueError: A flag is given once")
+    code, said = end(capsys, print, "--traceback", "--flip", "--flip")  # found before the flags are
+    assert code == 2 and "_refuse_repetitions" in said
+    seen = []
+    assert end(capsys, seen.append, "there", "--traceback", "--num-steps", "4") == (0, "")
+    assert seen == [Config(pathlib.Path("there"), num_steps=4)] and type(seen[0]) is Config
+    with pytest.raises(SystemExit) as ended:
+        command.run(print, digits.Config, name="experiments.digits", doc="Doc.", args=["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "--traceback" in text and "--model.channels" in text
+
+
+MOONS = "--batch-size 64 --model.features 16 --num-samples 20 --log-every 1 --num-steps 2".split()
+
+
+def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path):
+    """No standard error of one; `--traceback` is not recorded, and may come and go."""
+    (folder := tmp_path / "a folder, ü").mkdir()
+    (link := tmp_path / "link").symlink_to(folder)
+    args = ["--workdir", str(link), *MOONS, "--eval-examples", "1"]
+    for more in (["--traceback"], []):
+        code, said = end(capsys, two_moons.main, *args, *more, config=two_moons.Config)
+        assert code == 0, said
+    text = (folder / "summary.json").read_text()
+    assert json.loads(text)["log_likelihood_standard_error"] is None and "NaN" not in text
+    assert "traceback" not in (folder / "config.json").read_text()
+
+
+def test_a_damaged_checkpoint_and_other_flags_are_one_message(capsys, tmp_path, monkeypatch):
+    args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
+    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
+    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
+    code, said = end(capsys, two_moons.main, *args, "--noise", "0.1", config=two_moons.Config)
+    assert code == 2 and "noise: folder has 0.05, got 0.1" in said and "Traceback" not in said
+    (tmp_path / "checkpoints" / "2" / "config" / "metadata").write_text("{}")
+    code, said = end(capsys, two_moons.main, *args, config=two_moons.Config)
+    assert code == 2 and "damaged in" in one_line(said) and "step 2: " in said
+
+
+def test_ctrl_c_while_compiling(tmp_path, capsys, monkeypatch):
+    """Before and after the training loop takes the signals; then the run goes on to its end."""
+    folder = tmp_path / "run"
+    args = ["--workdir", str(folder), *MOONS, "--eval-examples", "8"]
+    environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "nothing compiled yet")}
+    for file, said in (("lock", "Interrupted."), ("config.json", "saved at step 1")):
+        with subprocess.Popen(
+            [sys.executable, "-m", "experiments.two_moons", *args],
+            cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
+            deadline = time.monotonic() + 120
+            while not (folder / file).exists() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGINT)
+            text, _ = process.communicate(timeout=120)
+        assert process.returncode == 130 and said in text and "Traceback" not in text, text
+    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
+    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
+    assert json.loads((folder / "summary.json").read_text())["step"] == 2
+
+
+def test_in_a_process_of_its_own():
+    """What JAX says where it detects no pod, for which it must not have started yet."""
+    run = [sys.executable, "-m", "experiments.digits", "--cluster.join", "yes"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--cluster.coordinator HOST:PORT" in one_line(done.stderr)
+
+
+def test_main_called_from_python_raises(tmp_path):
+    with pytest.raises(ValueError, match="--model.features must be positive"):
+        two_moons.main(two_moons.Config(model=two_moons.MLPConfig(features=(0,))))
+    config = two_moons.Config(workdir=tmp_path)
+    with pytest.raises(TypeError, match="a bug"), Run("two_moons", config):
+        raise TypeError("a bug")
