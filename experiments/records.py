@@ -10,9 +10,8 @@ import pathlib
 import platform
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache

@@ -147,7 +147,7 @@ def solve_each(
         lanes = _where(through & (slot < batch), enter(slot, whole[0]), lanes)
         lanes = lanes._replace(slot=jnp.where(through, slot, lanes.slot))
         next_slot = loop.next_slot + through.sum(dtype=jnp.int32)
-        return _Loop(lanes, Solved(*whole, num_calls), next_slot)
+        return _Loop(lanes, Solved(*whole, num_calls=num_calls), next_slot)
 
     no, none = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
     reached = jnp.full(batch, t0, jax.tree.leaves(y0)[0].dtype)

@@ -219,7 +219,7 @@ class Watch(NamedTuple):
     inner: Any
     num_evaluations: jax.Array
     first_stage_due: jax.Array
-    reached: jax.Array
+    reached: Any
 
 
 class Watched(diffrax.AbstractStepSizeController):

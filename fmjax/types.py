@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 class PathSample(NamedTuple):
@@ -157,7 +158,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 def is_concrete(*values: Any) -> bool:
     """Whether the values of all of these are known now, and not only when the program runs."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def kind(value: Any) -> str:
@@ -253,12 +254,12 @@ def checked(
 def _check_velocity(velocity: Any, what: str) -> None:
     if not callable(velocity):
         raise ValueError(f"{what} must be a function (t, x) -> u; got {kind(velocity)}.")
-    function = velocity
+    function: Any = velocity
     while not hasattr(function, "__self__") and hasattr(function, "__wrapped__"):
         function = function.__wrapped__  # jax.jit's, say
     if isinstance(function, functools.partial) and not function.args:
         function = function if "variables" in function.keywords else function.func
-    model = getattr(function, "__self__", function)
+    model: Any = getattr(function, "__self__", function)
     is_flax = any(c.__module__.startswith("flax.linen") for c in type(model).__mro__)
     unbound = is_flax and getattr(model, "scope", None) is None
     if is_flax and (unbound or getattr(function, "__name__", "") == "apply"):

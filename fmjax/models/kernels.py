@@ -4,8 +4,8 @@ The parameters and, up to rounding, the numbers are the same whatever the kernel
 XLA's; `fmjax.models.cpu.KERNELS` are faster on a CPU and take longer to compile.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,7 @@ from jax import lax
 
 from fmjax.types import at_least_float32
 
-
-class Convolution(Protocol):
-    """`lax.conv_general_dilated`, as `flax.linen.Conv` calls it."""
-
-    def __call__(
-        self,
-        lhs: jax.Array,
-        rhs: jax.Array,
-        window_strides: Sequence[int],
-        padding: Any,
-        /,
-        **_: Any,
-    ) -> jax.Array: ...
+Convolution = Callable[..., jax.Array]  # as `lax.conv_general_dilated`
 
 
 class Kernels(NamedTuple):
@@ -39,7 +27,7 @@ class Kernels(NamedTuple):
 
     conv: Convolution
     upsampled_conv: Convolution
-    attention: Any
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def nearest_upsample(x: jax.Array) -> jax.Array:
