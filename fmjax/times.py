@@ -84,7 +84,9 @@ def edm_skewed(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-4) -> Tim
 
 
 def _check_finite(name: str, value: Any) -> None:
-    number = isinstance(value, int | float | np.number | jax.Array) and np.shape(value) == ()
+    number = isinstance(value, int | float | np.number)
+    if isinstance(value, jax.Array):
+        number = value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
     if not number or (is_concrete(value) and not math.isfinite(value)):
         raise ValueError(
             f"{name} must be a finite number; got {kind(value)}. logit_normal(mean, std) makes a "

@@ -112,7 +112,7 @@ ROWS: dict[str, Row] = {
         "torchcfm and POT",
         {"fmjax": "fm_pairing:pairing", "torch": "torch_pairing:pairing"}
         | {"torch 1": "torch_pairing:pairing"},
-        (_pairing(128, 1.0), _pairing(512, 1.0), _pairing(2048, 2.0)),
+        tuple(_pairing(batch, 1.0) for batch in (128, 512, 2048)),
     ),
     "input": Row(
         "input pipeline",
