@@ -99,8 +99,9 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
       The same pytree of `NamedSharding`s; with F = 1 each is `replicated(mesh)`.
 
     Example:
-      >>> state_sharding(np.zeros((64, 64)), make_mesh(jax.devices()[:1])).spec
-      PartitionSpec()
+      >>> mesh = make_mesh(jax.devices()[:1])
+      >>> state_sharding(np.zeros((64, 64)), mesh) == replicated(mesh)
+      True
     """
     shards = mesh.shape.get(FSDP_AXIS, 1)
 
