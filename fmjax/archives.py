@@ -65,20 +65,26 @@ def download(archive: Archive, folder: Path, timeout: float = 5.0) -> None:
             while file.tell() <= archive.size and (block := response.read(1 << 20)):
                 file.write(block)
             file.flush()
-            verify(Path(file.name), archive)
+            verify(folder / archive.file_name, archive, at=Path(file.name))
 
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / archive.file_name, fetch)
 
 
-def verify(path: Path, archive: Archive) -> None:
-    """Raises a ValueError that names the file unless it has the archive's size and SHA-256."""
-    size, sha256 = path.stat().st_size, hash_file(path)
+def verify(path: Path, archive: Archive, *, at: Path | None = None) -> None:
+    """Raises a ValueError that names the file unless it has the archive's size and SHA-256.
+
+    Args:
+      path: the file, as the message names it.
+      archive: what it must be.
+      at: where its content is, if it is not at `path` yet.
+    """
+    size, sha256 = (at or path).stat().st_size, hash_file(at or path)
     if sha256 != archive.sha256:
         raise ValueError(
             f"{path} must be the published file of {archive.size} bytes with SHA-256 "
             f"{archive.sha256}; got {size} bytes with {sha256}. Delete it and download it again "
-            f"from {archive.url}; if it was packed anew on purpose, --no-check (check=False)."
+            f"from {archive.url}; if it was packed anew on purpose, prepare it with check=False."
         )
 
 
