@@ -57,7 +57,7 @@ class Run:
         with writing(self.folder, lambda: "nothing was begun"):
             self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
-            checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
+            self._check_config()
             self._check_num_steps()
         except ValueError:
             self._close()
@@ -97,6 +97,14 @@ class Run:
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def _check_config(self) -> None:
+        try:
+            checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
+        except checkpoints.DamagedCheckpointError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{error} The folder is --workdir, the values are flags.") from None
 
     def _unknown(self) -> set[str]:
         """Flags that the run did not know when it began, and that have their default."""

@@ -155,7 +155,7 @@ def test_pmap_gives_the_numbers_of_jit(tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     two_moons.main(moons(tmp_path, num_steps=2))
-    with pytest.raises(ValueError, match="learning_rate: folder has 0.002, got 0.1"):
+    with pytest.raises(ValueError, match="folder has 0.002, got 0.1\n.* --workdir"):
         two_moons.main(moons(tmp_path, num_steps=2, learning_rate=0.1))
 
 
