@@ -209,8 +209,8 @@ def restore_params(
       sharding: as for `restore`.
 
     Returns:
-      The parameters, new arrays; nothing else is read. An average has the precision that it was
-      kept in, at least float32: that of bfloat16 parameters is float32.
+      The parameters, new arrays; no other array is read. An average has the dtype that it is
+      stored in: float32, beside bfloat16 parameters.
 
     Raises:
       ValueError, DamagedCheckpointError: as `restore` does.
@@ -223,17 +223,21 @@ def restore_params(
       ...     restore_params(manager, params)
       {'w': Array([0.999, 0.999], dtype=float32)}
     """
-    target = stored.target_of(example, sharding)
+    step, field = _steps(manager)[0], "ema_params" if average else "params"
+    target = {field: stored.target_of(example, sharding)}
     if average:
-        target = jax.tree.map(_as_averaged, target)
-    field = "ema_params" if average else "params"
-    return stored.read(manager, _steps(manager)[0], {field: target}, field)[field]
+        rows = stored.read_record(manager, step)["arrays"]
+        leaves = [_as_stored(x, rows.get(name)) for name, x in digests.named(target).items()]
+        target = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return stored.read(manager, step, target, field)[field]
 
 
-def _as_averaged(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+def _as_stored(x: jax.ShapeDtypeStruct, row: tuple[str, str] | None) -> jax.ShapeDtypeStruct:
+    """An average's array; in float32 if it is stored so, beside parameters in half precision."""
+    if row is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return x.update(dtype=jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.update(dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return wide if row[0].startswith(f"{wide.dtype}[") else x
 
 
 def restore_config(manager: ocp.CheckpointManager) -> dict[str, Any] | None:

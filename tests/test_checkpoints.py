@@ -257,6 +257,17 @@ def test_parameters_alone(tmp_path):
             checkpoints.restore(manager, state)
 
 
+@pytest.mark.parametrize("kept", ["bfloat16", "float32"])
+def test_an_average_has_the_dtype_that_it_is_stored_in(tmp_path, kept):
+    params = {"w": jnp.full(3, 1.25, jnp.bfloat16), "v": jnp.ones(2), "n": jnp.arange(2)}
+    average = params | {"w": jnp.full(3, 1.125, kept)}
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, make_state(params, average), {}, wait=True)
+        assert_identical(checkpoints.restore_params(manager, params), average)
+        with pytest.raises(ValueError, match=rf"w: folder has {kept}\[3\], got int32\[3\]"):
+            checkpoints.restore_params(manager, params | {"w": jnp.arange(3)})
+
+
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from fmjax import checkpoints, training
