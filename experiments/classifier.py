@@ -21,8 +21,9 @@ import numpy as np
 import safetensors.numpy
 
 from experiments.records import write_json, write_whole, writing
-from fmjax import digests
+from fmjax.files import hash_bytes
 from fmjax.metrics.encoders import Encoder
+from fmjax.training import digests
 
 _KEYS = frozenset({"name", "dataset", "config", "network", "image_shape", "sha256"})
 
@@ -133,7 +134,7 @@ def load_encoder(folder: pathlib.Path) -> Encoder:
     """
     record, path = read_record(folder), folder / "encoder.safetensors"
     weights = _existing(path).read_bytes()
-    digest = digests.hash_bytes(weights)
+    digest = hash_bytes(weights)
     if digest != record["sha256"]:
         raise ValueError(
             f"{path} must have the SHA-256 that encoder.json records, {record['sha256']}; got "
@@ -192,7 +193,7 @@ def _check_images(images: np.ndarray, shape: tuple[int, ...], num_levels: int) -
         raise ValueError(
             f"This encoder takes uint8 images [batch, {', '.join(map(str, shape))}]; got "
             f"{images.dtype} {list(images.shape)}. Take the encoder of the images' own data set; "
-            "fmjax.pixels.quantize makes pixel values of floats."
+            "fmjax.data.pixels.quantize makes pixel values of floats."
         )
     if images.size and (largest := int(images.max())) >= num_levels:
         raise ValueError(

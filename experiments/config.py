@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments.bounds import check_numbers, check_seeds
 from experiments.cluster import ClusterConfig, join
-from fmjax import sharding
+from fmjax.training import sharding
 
 # Flags that may change when a run goes on: they leave what has been trained as it is, to rounding.
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every"})

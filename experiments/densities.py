@@ -21,15 +21,17 @@ from scipy import special
 import fmjax as fm
 from experiments.store import Store, progress
 from experiments.trained import Trained
-from fmjax import data, dequantization, sharding
+from fmjax import data
+from fmjax.data import dequantization
 from fmjax.metrics import Estimate
+from fmjax.training import sharding
 
 
 class Likelihood(NamedTuple):
     """How log-densities of images are measured.
 
     Attributes:
-      dequantizer: from `fmjax.dequantization`.
+      dequantizer: from `fmjax.data.dequantization`.
       divergence: `key -> Divergence`; with several estimates side by side their spread is reported.
       num_draws: K, of the importance-weighted bound.
       tolerance: relative and absolute, of Tsit5.

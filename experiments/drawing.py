@@ -11,7 +11,7 @@ import fmjax as fm
 from experiments.progress import progress
 from experiments.store import Store
 from experiments.trained import Trained
-from fmjax import sharding
+from fmjax.training import sharding
 
 SOLVERS = {
     "Euler": (diffrax.Euler(), 1, 0),  # with its evaluations per step, and before the first

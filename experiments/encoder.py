@@ -29,7 +29,9 @@ from experiments.classifier import load_encoder as load_encoder
 from experiments.progress import progress
 from experiments.records import environment
 from experiments.reference import encode
-from fmjax import data, digests, pixels, training
+from fmjax import data, training
+from fmjax.data import pixels
+from fmjax.files import hash_bytes
 from fmjax.metrics import Estimate, class_accuracy
 from fmjax.metrics.encoders import Encoder
 
@@ -81,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
     params = train(config, model, train_set)
     seconds = time.perf_counter() - began
     weights = classifier.to_bytes(params)
-    digest = digests.hash_bytes(weights)
+    digest = hash_bytes(weights)
     encoder = classifier.as_encoder(model, params, image_shape, name=config.dataset, digest=digest)
     accuracy, error = measure_accuracy(encoder, test_set)
     record = {

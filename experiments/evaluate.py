@@ -34,8 +34,10 @@ from experiments.config import RunConfig
 from experiments.protocol import Config
 from experiments.records import lock, write_json, write_text, writing
 from experiments.store import Store, num_computed
-from fmjax import data, dequantization, digests
+from fmjax import data
+from fmjax.data import dequantization
 from fmjax.metrics import Estimate
+from fmjax.training import digests
 
 
 def main(config: Config) -> dict[str, Any]:

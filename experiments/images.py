@@ -20,7 +20,9 @@ from experiments import cluster, loop, plots, step
 from experiments.config import RunConfig, begin, check_num_examples, mesh
 from experiments.errors import standard_error
 from experiments.run import Run
-from fmjax import data, models, pixels, sharding, training
+from fmjax import data, models, training
+from fmjax.data import pixels
+from fmjax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy as np
 from experiments import encoder as encoders
 from experiments import images as image_runs
 from experiments.reference import Reference, load_or_compute
-from fmjax import data, metrics, pixels
+from fmjax import data, metrics
+from fmjax.data import pixels
 from fmjax.metrics import resnet
 from fmjax.metrics.encoders import (
     LEGACY_TENSORFLOW,

@@ -19,7 +19,8 @@ from experiments.failures import NotFinite
 from experiments.progress import progress
 from experiments.run import Run
 from experiments.step import Steps
-from fmjax import data, sharding, training
+from fmjax import data, training
+from fmjax.training import sharding
 
 
 class Dispatch(NamedTuple):

@@ -13,7 +13,8 @@ from experiments.curve import errors_over_seeds, over_seeds
 from experiments.errors import standard_error
 from experiments.store import Store, progress
 from experiments.trained import Trained
-from fmjax import metrics, sharding
+from fmjax import metrics
+from fmjax.training import sharding
 
 EXTENT, SIDE = 3.5, 200  # of the density's grid
 

@@ -11,7 +11,8 @@ from experiments import judging, trained
 from experiments.bounds import check_numbers, check_seeds
 from experiments.config import flags
 from experiments.records import environment
-from fmjax import data, sharding
+from fmjax import data
+from fmjax.training import sharding
 
 NUM_POINTS = 2048  # held-out points of a 2-D run
 IMAGE_FLAGS = ("tolerance", "num_samples", "eval_examples", "num_draws", "dequantization")

@@ -16,7 +16,7 @@ from experiments.curve import errors_over_seeds
 from experiments.judging import Judge
 from experiments.store import Store, progress
 from experiments.trained import Trained
-from fmjax import pixels
+from fmjax.data import pixels
 
 
 def measure(

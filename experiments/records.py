@@ -16,8 +16,8 @@ from typing import Any, TextIO
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from fmjax.checkpoints import CheckpointSaveError
 from fmjax.files import write_whole as write_whole
+from fmjax.training.checkpoints import CheckpointSaveError
 
 # What the system says of a disk that is full, over its quota, read-only, closed to us or broken.
 _OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})

@@ -17,9 +17,10 @@ import numpy as np
 
 from experiments.progress import progress
 from experiments.records import write_json, write_whole, writing
-from fmjax import digests
+from fmjax.files import hash_file
 from fmjax.metrics import Moments, moments
 from fmjax.metrics.encoders import Encoder
+from fmjax.training import digests
 
 _KEYS = frozenset({"encoder", "encoder_digest", "arrays_sha256"})
 
@@ -109,7 +110,7 @@ def load(path: pathlib.Path, encoder: Encoder) -> Reference:
             f"{path} holds statistics of {theirs[0]} (SHA-256 {theirs[1][:12]}...); got "
             f"{ours[0]} ({ours[1][:12]}...). Take that encoder, or compute the statistics anew."
         )
-    if (digest := digests.hash_file(path)) != record["arrays_sha256"]:
+    if (digest := hash_file(path)) != record["arrays_sha256"]:
         raise _damaged(path, f"its SHA-256 is {digest}, its record says {record['arrays_sha256']}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -178,7 +179,7 @@ def _store(path: pathlib.Path, features: np.ndarray, identity: dict[str, Any]) -
 
     with writing(path.parent, lambda: "the features are computed again"):
         write_whole(path, write)
-        record = identity | {"arrays_sha256": digests.hash_file(path)}
+        record = identity | {"arrays_sha256": hash_file(path)}
         write_json(path.with_suffix(".json"), record)
     return Reference(features, fitted, record)
 
@@ -220,7 +221,7 @@ def _check_images(images: np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(
             "images must be uint8 [N, height, width, channel], one at least; got "
-            f"{images.dtype} {list(images.shape)}. fmjax.pixels.quantize makes pixel values."
+            f"{images.dtype} {list(images.shape)}. fmjax.data.pixels.quantize makes pixel values."
         )
 
 

@@ -37,7 +37,8 @@ from experiments.records import (
     write_text,
     writing,
 )
-from fmjax import checkpoints, training
+from fmjax import training
+from fmjax.training import checkpoints
 
 
 class Run:

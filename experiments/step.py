@@ -15,7 +15,8 @@ import optax
 
 import fmjax as fm
 from experiments.config import RunConfig, mesh
-from fmjax import sharding, training
+from fmjax import training
+from fmjax.training import sharding
 
 PATHS = {"cond_ot": fm.cond_ot(), "cosine": fm.cosine(), "linear_vp": fm.linear_vp(), "vp": fm.vp()}
 COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}

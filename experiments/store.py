@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.progress import progress as progress
 from experiments.records import environment, write_json, write_whole
-from fmjax import digests
+from fmjax.training import digests
 
 Arrays = dict[str, np.ndarray]
 

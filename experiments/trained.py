@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import fmjax as fm
 from experiments import cifar10, digits, images, mnist, two_moons
 from experiments.config import RunConfig
-from fmjax import checkpoints, digests, models
+from fmjax import models
+from fmjax.training import checkpoints, digests
 
 CONFIGS: dict[str, type[RunConfig]] = {
     "two_moons": two_moons.Config,

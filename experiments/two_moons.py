@@ -22,7 +22,8 @@ from experiments.bounds import check_seeds
 from experiments.config import RunConfig, begin, check_num_examples, mesh
 from experiments.errors import standard_error
 from experiments.run import Run
-from fmjax import models, sharding, training
+from fmjax import models, training
+from fmjax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""Atomic writes: whoever reads a file, after a kill as well, finds the old one or the new one."""
+"""Atomic writes, so that a kill leaves the old file or the new one, and SHA-256."""
 
+import hashlib
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -27,3 +29,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hash_bytes(content: Any) -> str:
+    """SHA-256 of bytes, or of what has a buffer of them, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -122,8 +122,8 @@ def as_floating(what: str, x: Any) -> jax.Array:
     x = as_array(what, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{what} must be floating; got {x.dtype}. Pixels need fmjax.pixels.dequantize, other "
-            "integers .astype(float), complex numbers their real and imaginary parts as two."
+            f"{what} must be floating; got {x.dtype}. Pixels need fmjax.data.pixels.dequantize, "
+            "other integers .astype(float), complex numbers their real and imaginary parts as two."
         )
     return x
 
@@ -141,8 +141,9 @@ def refuse_explicit_mesh(what: str, x: jax.Array) -> None:
     if getattr(jax.typeof(x).sharding.mesh, "explicit_axes", ()):
         raise ValueError(
             f"{what} must lie on a mesh with Auto axes; got {jax.typeof(x)}, whose mesh has "
-            "Explicit axes, the default of jax.make_mesh. Make the mesh with fmjax.sharding."
-            "make_mesh(), or with axis_types=(jax.sharding.AxisType.Auto,) * num_axes."
+            "Explicit axes, the default of jax.make_mesh. Make the mesh with "
+            "fmjax.training.sharding.make_mesh(), or with "
+            "axis_types=(jax.sharding.AxisType.Auto,) * num_axes."
         )
 
 

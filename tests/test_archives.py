@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made_archives import make_cifar10, make_mnist, truncate
 
-from fmjax import archives
+from fmjax.data import archives
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion_mnist"])
@@ -73,7 +73,7 @@ def test_the_published_checksums_are_those_tfds_knows():
 
 def test_importing_archives_loads_neither_tfds_nor_tensorflow():
     program = (
-        "import sys, fmjax.archives\n"
+        "import sys, fmjax.data.archives\n"
         "print({'tensorflow_datasets', 'tensorflow', 'flax'} & set(sys.modules))"
     )
     out = subprocess.run(

@@ -8,7 +8,8 @@ from oracles import jit
 from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from scipy.optimize import linear_sum_assignment
 
-from fmjax import assignment, sharding
+from fmjax.couplings import assignment
+from fmjax.training import sharding
 
 
 def costs():

@@ -16,7 +16,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fmjax as fm
-from fmjax import dequantization, lanes, models, pixels
+from fmjax import models
+from fmjax.data import dequantization, pixels
+from fmjax.solve import each
 
 KEY, T = jax.random.key(0), jnp.asarray(0.5)
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2)), jnp.float32)
@@ -38,9 +40,9 @@ TAKE_A_VELOCITY = {
     "integrate": lambda v: fm.integrate(v, X, num_steps=1),
     "log_prob": lambda v: fm.log_prob(v, X, num_steps=1),
     "sample_and_log_prob": lambda v: fm.sample_and_log_prob(v, X, num_steps=1),
-    "sample_each": lambda v: lanes.sample_each(v, X, stepsize_controller=LOOSE),
-    "log_prob_each": lambda v: lanes.log_prob_each(v, X, stepsize_controller=LOOSE),
-    "attempt_each": lambda v: lanes.attempt_each(v, X, stepsize_controller=LOOSE).x,
+    "sample_each": lambda v: each.sample_each(v, X, stepsize_controller=LOOSE),
+    "log_prob_each": lambda v: each.log_prob_each(v, X, stepsize_controller=LOOSE),
+    "attempt_each": lambda v: each.attempt_each(v, X, stepsize_controller=LOOSE).x,
     "exact_divergence": lambda v: EXACT(v, T, X),
     "hutchinson_divergence": lambda v: fm.hutchinson_divergence(KEY)(v, T, X),
     "conditional": lambda v: fm.classifier_free_guidance(v, halve, 2.0)(T, X),
@@ -137,7 +139,7 @@ WRONG_DENSITIES = {
 @pytest.mark.parametrize("what", WRONG_DENSITIES)
 @pytest.mark.parametrize("batch", [2, 3])  # 2 is also the dimension
 def test_what_a_source_density_must_return(what, batch):
-    for solve in (fm.log_prob, fm.sample_and_log_prob, lanes.log_prob_each):
+    for solve in (fm.log_prob, fm.sample_and_log_prob, each.log_prob_each):
         with pytest.raises(ValueError, match=r"source_log_prob must return .* shape \(\d,\); got"):
             solve(halve, jnp.ones((batch, 2)), source_log_prob=WRONG_DENSITIES[what])
 
@@ -172,7 +174,7 @@ def test_what_a_divergence_must_return(what):
             solve(halve, X, divergence=divergence_of(WRONG_DIVERGENCES[what]))
     if what != "a column":  # of one example a column is one estimate
         with pytest.raises(ValueError, match="[Tt]he divergence.* must return"):
-            lanes.log_prob_each(halve, X, divergence=divergence_of(WRONG_DIVERGENCES[what]))
+            each.log_prob_each(halve, X, divergence=divergence_of(WRONG_DIVERGENCES[what]))
 
 
 def test_a_probe_of_another_shape_is_refused():
@@ -200,9 +202,7 @@ FACTORIES = {
     "velocity_to_x1": lambda: fm.velocity_to_x1(fm.polynomial, T, X, X),
     "marginal_velocity": lambda: fm.marginal_velocity(fm.cosine, X),
     "divergence": lambda: fm.log_prob(halve, X, divergence=fm.exact_divergence),
-    "divergence of each": lambda: lanes.log_prob_each(
-        halve, X, divergence=fm.hutchinson_divergence
-    ),
+    "divergence of each": lambda: each.log_prob_each(halve, X, divergence=fm.hutchinson_divergence),
 }
 
 
@@ -220,7 +220,7 @@ def test_what_is_no_path_is_refused():
             fm.sample_path(path, X, X, T)
 
 
-@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob, lanes.sample_each, lanes.log_prob_each])
+@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob, each.sample_each, each.log_prob_each])
 def test_solvers_and_controllers_are_objects(solve):
     for how, message in (
         ({"solver": diffrax.Tsit5}, r"solver .*got the class Tsit5: write Tsit5\(\)"),
@@ -244,8 +244,8 @@ ARRAYS = {
     "sample": lambda x: fm.sample(halve, x, num_steps=1),
     "log_prob": lambda x: fm.log_prob(halve, x, num_steps=1),
     "sample_and_log_prob": lambda x: fm.sample_and_log_prob(halve, x, num_steps=1),
-    "sample_each": lambda x: lanes.sample_each(halve, x),
-    "log_prob_each": lambda x: lanes.log_prob_each(halve, x),
+    "sample_each": lambda x: each.sample_each(halve, x),
+    "log_prob_each": lambda x: each.log_prob_each(halve, x),
     "standard_normal_log_prob": fm.standard_normal_log_prob,
     "independent": lambda x: fm.independent(KEY, x, x),
     "minibatch_ot": lambda x: fm.minibatch_ot(KEY, x, x),

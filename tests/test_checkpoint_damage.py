@@ -11,7 +11,8 @@ import pytest
 from oracles import jit
 from test_checkpoints import assert_identical
 
-from fmjax import checkpoints, training
+from fmjax import training
+from fmjax.training import checkpoints
 
 
 @jit

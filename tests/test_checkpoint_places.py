@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_checkpoints import assert_identical
 
-from fmjax import checkpoints, sharding, training
+from fmjax import training
+from fmjax.training import checkpoints, sharding
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -52,7 +53,8 @@ def test_sharded_states_restore_into_another_mesh(tmp_path):
 FULL = """
 import os, pathlib, sys, time
 import jax, jax.numpy as jnp
-from fmjax import checkpoints, training
+from fmjax import training
+from fmjax.training import checkpoints
 
 def state(step):
     noise = jax.random.normal(jax.random.key(step), (50_000,))  # 200 kB that do not compress
@@ -120,7 +122,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from fmjax import checkpoints, sharding, training
+from fmjax import training
+from fmjax.training import checkpoints, sharding
 
 mesh = sharding.make_mesh()
 whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ("data",)))

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from oracles import jit
 from test_digests import Twins, trees
 
-from fmjax import checkpoints, sharding, training
+from fmjax import training
+from fmjax.training import checkpoints, sharding
 
 KEY = jax.random.key(5)
 CONFIG = {"seed": 0, "num_steps": 100, "model": {"width": 16, "features": (8, 8)}, "rate": 1e-3}
@@ -270,7 +271,8 @@ def test_an_average_has_the_dtype_that_it_is_stored_in(tmp_path, kept):
 
 KILLED = """
 import sys, jax, jax.numpy as jnp
-from fmjax import checkpoints, training
+from fmjax import training
+from fmjax.training import checkpoints
 
 def make_state(step, size):
     noise = jax.random.normal(jax.random.key(0), size)  # does not compress

@@ -11,7 +11,8 @@ from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from scipy.optimize import linear_sum_assignment
 
 import fmjax as fm
-from fmjax import couplings, sharding
+from fmjax import couplings
+from fmjax.training import sharding
 
 COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
 all_couplings = pytest.mark.parametrize("name", COUPLINGS)

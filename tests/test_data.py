@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmjax import archives, data
+from fmjax import data
+from fmjax.data import archives
 
 
 @pytest.fixture

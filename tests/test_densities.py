@@ -7,7 +7,8 @@ from test_dequantization import diagonal_trace, exact_bits, images_and_flow
 
 import fmjax as fm
 from experiments import densities, store, trained
-from fmjax import data, dequantization
+from fmjax import data
+from fmjax.data import dequantization
 from fmjax.metrics import Estimate
 
 SETTINGS = {"dequantization": "uniform", "solver": "Tsit5", "tolerance": 1e-4, "seed": 0}

@@ -15,7 +15,7 @@ from scipy import stats
 
 import fmjax as fm
 from experiments import densities
-from fmjax import dequantization, pixels
+from fmjax.data import dequantization, pixels
 
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles import jit
 
-from fmjax import digests, sharding
+from fmjax.training import digests, sharding
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "uint32", "int16", "int8", "uint8")
 WIDE = ("float64", "int64", "uint64")

@@ -33,7 +33,7 @@ from experiments import (
 )
 from experiments.images import UNetConfig
 from experiments.run import Run
-from fmjax import pixels
+from fmjax.data import pixels
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -16,7 +16,9 @@ from experiments import digits, two_moons
 from experiments.images import ImageConfig, load, make_draw, make_loss, measure_bits_per_dim
 from experiments.run import Run
 from experiments.step import PATHS
-from fmjax import checkpoints, data, models, pixels, training
+from fmjax import data, models, training
+from fmjax.data import pixels
+from fmjax.training import checkpoints
 
 KEY = jax.random.key(7)
 

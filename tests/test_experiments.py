@@ -21,7 +21,8 @@ from experiments import cifar10, digits, loop, mnist, plots, step, two_moons
 from experiments.config import flags
 from experiments.images import UNetConfig, load
 from experiments.run import Run
-from fmjax import checkpoints, data, models
+from fmjax import data, models
+from fmjax.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared/tensorflow_datasets"))

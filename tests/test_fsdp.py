@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 import fmjax as fm
-from fmjax import models, sharding, training
+from fmjax import models, training
+from fmjax.training import sharding
 
 KEY = jax.random.key(1)
 BATCH_SIZE, NUM_STEPS = 32, 20

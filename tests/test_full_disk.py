@@ -15,7 +15,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from experiments.events import Events
 from experiments.records import DiskError, disk_failure, lock, write_text, writing
-from fmjax.checkpoints import CheckpointSaveError
+from fmjax.training.checkpoints import CheckpointSaveError
 
 FULL = os.strerror(errno.ENOSPC)
 

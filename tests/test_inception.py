@@ -14,7 +14,7 @@ import pytest
 
 from fmjax.metrics import encoders, inception, resize
 from fmjax.metrics.encoders import LEGACY_TENSORFLOW, TORCHMETRICS, inception_encoder
-from fmjax.metrics.torch_files import read_tensors
+from fmjax.weights.torch_files import read_tensors
 
 SIZES = [(8, 8), (28, 28), (32, 32), (64, 64), (299, 299), (350, 350), (32, 48), (600, 20)]
 RESIZES = {"A": resize.legacy_tensorflow, "B": resize.torchmetrics}

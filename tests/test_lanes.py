@@ -16,7 +16,8 @@ from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from oracles import x64 as x64
 
 import fmjax as fm
-from fmjax import lanes, sharding
+from fmjax.solve import each
+from fmjax.training import sharding
 
 FINE = diffrax.PIDController(rtol=1e-6, atol=1e-6)
 SOLVERS = {"heun": diffrax.Heun(), "tsit5": diffrax.Tsit5(), "dopri8": diffrax.Dopri8()}
@@ -72,11 +73,11 @@ def alone():
 def test_gaussian_to_gaussian(event):
     flow = gaussian_flow(event)
     x0 = draw(9, int(np.prod(event))).reshape(9, *event)
-    x1 = jit(lambda x: lanes.sample_each(flow.velocity, x, stepsize_controller=FINE))(x0)
+    x1 = jit(lambda x: each.sample_each(flow.velocity, x, stepsize_controller=FINE))(x0)
     np.testing.assert_allclose(x1, flow.flow(1.0, x0), atol=1e-5)
 
     def log_prob(x):
-        return lanes.log_prob_each(flow.velocity, x, stepsize_controller=FINE, num_lanes=4)
+        return each.log_prob_each(flow.velocity, x, stepsize_controller=FINE, num_lanes=4)
 
     # Of 32 dimensions, each with its own rounding: relative to a log-density of some -30 nats.
     np.testing.assert_allclose(jit(log_prob)(x1), flow.log_prob(1.0, x1), rtol=1e-5, atol=1e-5)
@@ -87,7 +88,7 @@ def test_as_if_alone(num_lanes, x64):
     """The same steps as at batch 1, for every number of lanes, in jit and without."""
     want, num_evaluations = alone()
     assert num_evaluations.max() > 2 * num_evaluations.min()  # or the batch would test nothing
-    solve = functools.partial(lanes.integrate_each, spin, num_lanes=num_lanes)
+    solve = functools.partial(each.integrate_each, spin, num_lanes=num_lanes)
     got = jit(solve)(wide(X))
     np.testing.assert_array_equal(got.num_evaluations, num_evaluations)
     np.testing.assert_allclose(got.x, want, atol=1e-10)
@@ -103,7 +104,7 @@ def test_solvers_and_controllers_step_as_diffrax_does(name, x64):
     pid = diffrax.PIDController(rtol=1e-4, atol=1e-5, pcoeff=0.3, icoeff=0.4, dtmax=0.2)
     controller = diffrax.ClipStepSizeController(pid, step_ts=jnp.array([0.2, 0.33, 0.7]))
     how = {"solver": SOLVERS[name], "stepsize_controller": controller, "t0": 0.9, "t1": 0.1}
-    got = jit(lambda x: lanes.integrate_each(spin, x, num_lanes=2, **how))(wide(X[:5]))
+    got = jit(lambda x: each.integrate_each(spin, x, num_lanes=2, **how))(wide(X[:5]))
     solve = jit(lambda x: fm.integrate(spin, x, **how))
     for i, x in enumerate(wide(X[:5])):
         want = solve(x[None])
@@ -112,14 +113,14 @@ def test_solvers_and_controllers_step_as_diffrax_does(name, x64):
 
 
 def test_backwards_in_time_and_there_and_back():
-    back = jit(lambda x: lanes.sample_each(spin, x, t0=1.0, t1=0.0, stepsize_controller=FINE))
-    there = jit(lambda x: lanes.sample_each(spin, x, stepsize_controller=FINE))
+    back = jit(lambda x: each.sample_each(spin, x, t0=1.0, t1=0.0, stepsize_controller=FINE))
+    there = jit(lambda x: each.sample_each(spin, x, stepsize_controller=FINE))
     np.testing.assert_allclose(back(X), spun(X, -1.0), atol=1e-4)
     np.testing.assert_allclose(back(there(X)), X, atol=1e-4)
 
 
 def test_batch_mates_and_their_order_do_not_matter(x64):
-    solve, x = jit(functools.partial(lanes.integrate_each, spin, num_lanes=3)), wide(X)
+    solve, x = jit(functools.partial(each.integrate_each, spin, num_lanes=3)), wide(X)
     got = solve(x)
     order = np.random.default_rng(0).permutation(len(x))
     mixed = solve(x[order])
@@ -132,7 +133,7 @@ def test_batch_mates_and_their_order_do_not_matter(x64):
 
 def test_one_example_alone_in_its_batch(x64):
     want, num_evaluations = alone()
-    got = jit(functools.partial(lanes.integrate_each, spin))(wide(X[:1]))
+    got = jit(functools.partial(each.integrate_each, spin))(wide(X[:1]))
     np.testing.assert_allclose(got.x, want[:1], atol=1e-10)
     assert int(got.num_evaluations[0]) == int(got.num_calls) == num_evaluations[0]
 
@@ -155,7 +156,7 @@ class Counter:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_num_calls_is_the_number_of_calls(name, num_lanes):
     counter, solver = Counter(), SOLVERS[name]
-    solve = functools.partial(lanes.integrate_each, counter, num_lanes=num_lanes, solver=solver)
+    solve = functools.partial(each.integrate_each, counter, num_lanes=num_lanes, solver=solver)
     coarse = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     got = jax.block_until_ready(jit(lambda x: solve(x, stepsize_controller=coarse))(X))
     jax.effects_barrier()
@@ -173,7 +174,7 @@ def test_shared_weights_make_one_batched_convolution():
     def velocity(t, x):
         return jax.lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=layout)
 
-    solve = jax.jit(functools.partial(lanes.sample_each, velocity, num_lanes=3))
+    solve = jax.jit(functools.partial(each.sample_each, velocity, num_lanes=3))
     text = solve.lower(jnp.zeros((6, 8, 8, 1))).compile().as_text()
     convolutions = [line for line in text.splitlines() if " convolution(" in line]
     assert convolutions and all("= f32[3,8,8,1]" in line for line in convolutions)
@@ -184,15 +185,15 @@ def test_shared_weights_make_one_batched_convolution():
 
 def test_labels_travel_with_their_examples():
     rates = jnp.linspace(-2.0, 2.0, len(X))
-    velocity = lanes.PerRow(lambda row: lambda t, x: rates[row] * x)
-    x1 = jit(functools.partial(lanes.sample_each, velocity, num_lanes=4))(X)
+    velocity = each.PerRow(lambda row: lambda t, x: rates[row] * x)
+    x1 = jit(functools.partial(each.sample_each, velocity, num_lanes=4))(X)
     np.testing.assert_allclose(x1, np.exp(rates)[:, None] * X, rtol=1e-4)  # the tolerance
 
 
 def test_log_prob_equals_each_example_alone(x64):
     solve, x = jit(lambda x: fm.log_prob(spin, x)), wide(X)
     want = np.concatenate([solve(x[i : i + 1]) for i in range(len(x))])
-    got = jit(functools.partial(lanes.log_prob_each, spin, num_lanes=3))(x)
+    got = jit(functools.partial(each.log_prob_each, spin, num_lanes=3))(x)
     np.testing.assert_allclose(got, want, atol=1e-9)
     np.testing.assert_allclose(got, fm.standard_normal_log_prob(x), atol=1e-3)  # spinning keeps it
 
@@ -204,8 +205,8 @@ def shear(t, x):
 
 def test_hutchinson_probes_are_the_rows_own(x64):
     of_row = lambda row: fm.hutchinson_divergence(jax.random.fold_in(KEY, row), 2)  # noqa: E731
-    per_row, x = lanes.PerRow(of_row), wide(X[:5])
-    solve = jit(functools.partial(lanes.log_prob_each, shear, divergence=per_row, num_lanes=2))
+    per_row, x = each.PerRow(of_row), wide(X[:5])
+    solve = jit(functools.partial(each.log_prob_each, shear, divergence=per_row, num_lanes=2))
     got = solve(x)
     single = jit(lambda x, row: fm.log_prob(shear, x, divergence=of_row(row)))
     want = [single(x[i : i + 1], jnp.int32(i))[0] for i in range(5)]
@@ -215,11 +216,11 @@ def test_hutchinson_probes_are_the_rows_own(x64):
     others = solve(x, rows=jnp.arange(5, 10, dtype=jnp.int32))
     assert np.abs(got - others).max() > 0.01  # or the probes would show nothing
 
-    estimates = lanes.PerRow(lambda row: fm.hutchinson_estimates(jax.random.fold_in(KEY, row), 2))
-    each = jit(functools.partial(lanes.log_prob_each, shear, divergence=estimates))(x)
-    assert each.shape == (2, 5)
+    estimates = each.PerRow(lambda row: fm.hutchinson_estimates(jax.random.fold_in(KEY, row), 2))
+    estimated = jit(functools.partial(each.log_prob_each, shear, divergence=estimates))(x)
+    assert estimated.shape == (2, 5)
     # The mean of two solves, each with the error control of both.
-    np.testing.assert_allclose(each.mean(0), got, atol=1e-4)
+    np.testing.assert_allclose(estimated.mean(0), got, atol=1e-4)
 
 
 def test_devices_run_their_own_queues(x64):
@@ -229,7 +230,7 @@ def test_devices_run_their_own_queues(x64):
     of_row = lambda row: fm.hutchinson_divergence(jax.random.fold_in(KEY, row))  # noqa: E731
 
     def log_prob(x, rows):
-        return lanes.log_prob_each(shear, x, divergence=lanes.PerRow(of_row), rows=rows)
+        return each.log_prob_each(shear, x, divergence=each.PerRow(of_row), rows=rows)
 
     mapped = jax.shard_map(log_prob, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     rows = jnp.arange(len(x), dtype=jnp.int32)
@@ -251,7 +252,7 @@ def test_dtypes(x64):
             seen.add((t.dtype, x.dtype))
             return spin(t, x)
 
-        solve = functools.partial(lanes.sample_each, velocity, stepsize_controller=FINE)
+        solve = functools.partial(each.sample_each, velocity, stepsize_controller=FINE)
         got = jit(solve)(X[:3].astype(dtype))
         inside = jnp.dtype(jnp.float32 if dtype == jnp.bfloat16 else dtype)
         assert got.dtype == dtype and seen == {(inside, inside)}
@@ -278,7 +279,7 @@ FAILURES = {
 def test_failures_name_the_row_and_the_time(name, num_lanes):
     value, how, message = FAILURES[name]
     x = jnp.zeros((7, 2)).at[5].set(2.0)
-    solve = jit(lambda x: lanes.sample_each(bad_inside(value), x, num_lanes=num_lanes, **how))
+    solve = jit(lambda x: each.sample_each(bad_inside(value), x, num_lanes=num_lanes, **how))
     with pytest.raises(RuntimeError, match=message):
         jax.block_until_ready(solve(x))
     assert np.isfinite(solve(jnp.zeros((7, 2)))).all()
@@ -288,27 +289,27 @@ def test_failures_name_the_row_of_the_whole_batch_and_backwards_the_time():
     x, rows = jnp.zeros((3, 2)).at[1].set(2.0), jnp.array([40, 11, 12], jnp.int32)
     velocity = lambda t, x: bad_inside(jnp.nan)(1 - t, x)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"row 11 stopped at t = 0\.626"):
-        lanes.sample_each(velocity, x, t0=1.0, t1=0.0, rows=rows)
+        each.sample_each(velocity, x, t0=1.0, t1=0.0, rows=rows)
 
 
 def test_what_succeeds_is_kept_where_others_fail(x64):
     """Rows 2 and 9 end in a pole at t = 1 / x; all others are as if these were not there."""
     x0 = wide(X[:, :1]).clip(-0.9, 0.9).at[2].set(2.0).at[9].set(4.0)
-    solve = jit(lambda x: lanes.attempt_each(lambda t, x: x**2, x, num_lanes=3, max_steps=200))
+    solve = jit(lambda x: each.attempt_each(lambda t, x: x**2, x, num_lanes=3, max_steps=200))
     attempts, bad = solve(x0), np.isin(np.arange(len(x0)), (2, 9))
     np.testing.assert_array_equal(np.isnan(attempts.x[:, 0]), bad)
     np.testing.assert_array_equal(attempts.reached == 1, ~bad)
     np.testing.assert_allclose(attempts.reached[bad], [0.5, 0.25], atol=1e-4)
     np.testing.assert_allclose(attempts.x[~bad], (x0 / (1 - x0))[~bad], rtol=1e-4)
-    each = jit(lambda x: lanes.integrate_each(lambda t, x: x**2, x))(x0[~bad])
-    np.testing.assert_allclose(attempts.x[~bad], each.x, atol=1e-12)
-    np.testing.assert_array_equal(attempts.num_evaluations[~bad], each.num_evaluations)
+    alone = jit(lambda x: each.integrate_each(lambda t, x: x**2, x))(x0[~bad])
+    np.testing.assert_allclose(attempts.x[~bad], alone.x, atol=1e-12)
+    np.testing.assert_array_equal(attempts.num_evaluations[~bad], alone.num_evaluations)
 
 
 def test_jump_times_are_stepped_to_and_counted():
     jumps = diffrax.ClipStepSizeController(FINE, jump_ts=jnp.array([0.5]))
     counter = Counter(lambda t, x: jnp.where(t < 0.5, -1.0, 1.0) * x)
-    solve = functools.partial(lanes.integrate_each, counter, num_lanes=3, stepsize_controller=jumps)
+    solve = functools.partial(each.integrate_each, counter, num_lanes=3, stepsize_controller=jumps)
     got = jax.block_until_ready(jit(solve)(X))
     jax.effects_barrier()
     assert counter.count == 3 * got.num_calls
@@ -320,15 +321,15 @@ def test_jump_times_are_stepped_to_and_counted():
 def test_the_last_step_allowed_may_arrive(x64):
     _, num_evaluations = alone()
     num_steps = int(num_evaluations.max() - 1) // 6
-    solve = jit(lambda x: lanes.sample_each(spin, x, max_steps=num_steps))
+    solve = jit(lambda x: each.sample_each(spin, x, max_steps=num_steps))
     assert np.isfinite(solve(wide(X))).all()
     with pytest.raises(RuntimeError, match=f"max_steps = {num_steps - 1} were"):
         jax.block_until_ready(
-            jit(lambda x: lanes.sample_each(spin, x, max_steps=num_steps - 1))(wide(X))
+            jit(lambda x: each.sample_each(spin, x, max_steps=num_steps - 1))(wide(X))
         )
 
 
-@pytest.mark.parametrize("solve", [lanes.sample_each, lanes.log_prob_each])
+@pytest.mark.parametrize("solve", [each.sample_each, each.log_prob_each])
 def test_errors_of_use(solve):
     def refused(match, x=X, velocity=spin, **how):
         with pytest.raises(ValueError, match=match):

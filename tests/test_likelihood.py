@@ -12,7 +12,7 @@ from oracles import gaussian_flow, jit
 from oracles import x64 as x64
 
 import fmjax as fm
-from fmjax import lanes
+from fmjax.solve import each
 
 FINE = diffrax.PIDController(rtol=1e-6, atol=1e-6)
 T = jnp.asarray(0.3)
@@ -218,7 +218,7 @@ def test_the_log_determinant_is_as_good_in_any_dimension(dim):
         jit(lambda x, f=f: f(velocity, x, divergence=divergence))(x)
         for f in (
             fm.log_prob,
-            lanes.log_prob_each,
+            each.log_prob_each,
             lambda *a, **k: fm.sample_and_log_prob(*a, **k)[1],
         )
     ]

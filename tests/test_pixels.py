@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fmjax as fm
-from fmjax import dequantization, pixels
+from fmjax.data import dequantization, pixels
 
 
 def values(num_levels, repeats=4096):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from made_archives import make_cifar10, make_mnist, truncate
 
-from fmjax import data, prepare
-from fmjax.archives import SOURCES, Archive
+from fmjax import data
+from fmjax.data import prepare
+from fmjax.data.archives import SOURCES, Archive
 
 
 def as_set(images, labels):
@@ -107,7 +108,7 @@ def test_offline_the_error_says_what_to_do(tmp_path, name):
         data.load(name, "train", tmp_path)
     message = str(caught.value)
     assert str(tmp_path / name / SOURCES[name].version) in message
-    assert f"python -m fmjax.prepare {name} --archives DIR --data-dir {tmp_path}" in message
+    assert f"python -m fmjax.data.prepare {name} --archives DIR --data-dir {tmp_path}" in message
     assert "no network" in message and "python -m experiments.digits" in message
     for archive in SOURCES[name].archives:
         assert archive.file_name in message and archive.url in message
@@ -177,7 +178,7 @@ def test_data_root(monkeypatch, tmp_path):
 def test_command_line_without_tensorflow(tmp_path):
     make_mnist(tmp_path)
     program = (
-        "import sys; from fmjax import data, prepare; prepare.main(sys.argv[1:])\n"
+        "import sys; from fmjax import data; from fmjax.data import prepare; prepare.main(sys.argv[1:])\n"
         "print(data.load('mnist', 'train', sys.argv[-1]).images.shape, 'tensorflow' in sys.modules)"
     )
     arguments = ["mnist", "--no-check", "--archives", str(tmp_path), "--data-dir", str(tmp_path)]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import fmjax as fm
 from experiments import loop, two_moons
-from fmjax import data, pixels, training
+from fmjax import data, training
+from fmjax.data import pixels
 from fmjax.types import broadcast_time
 
 FLOATS = st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16])

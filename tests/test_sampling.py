@@ -9,7 +9,7 @@ from oracles import gaussian_flow, jit, whitened_normal
 from oracles import x64 as x64
 
 import fmjax as fm
-from fmjax import lanes
+from fmjax.solve import each
 
 SOLVERS = {
     "euler": (diffrax.Euler(), 1),
@@ -270,7 +270,7 @@ def test_errors_of_use():
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob, lanes.sample_each, lanes.log_prob_each])
+@pytest.mark.parametrize("solve", [fm.sample, fm.log_prob, each.sample_each, each.log_prob_each])
 def test_no_bound_of_a_solve_is_nan(solve):
     for how in ({"t1": NAN}, {"t0": NAN}, {"t1": np.inf}):
         with pytest.raises(ValueError, match="t0 and t1 must be finite"):
@@ -332,7 +332,7 @@ def test_a_failure_under_grad_is_named():
 
 
 @pytest.mark.parametrize("length", [1e-2, 1e-6])
-@pytest.mark.parametrize("solve", [fm.sample, lanes.sample_each])
+@pytest.mark.parametrize("solve", [fm.sample, each.sample_each])
 def test_a_short_interval_is_no_stall(length, solve):
     """x = exp((1 - cos 30) / 3) at the end of 30 radians, however short they are made."""
     rate = 30 / length
@@ -344,7 +344,7 @@ def test_a_short_interval_is_no_stall(length, solve):
     np.testing.assert_allclose(x1, np.exp((1 - np.cos(30)) / 3) * X, rtol=1e-4)
 
 
-@pytest.mark.parametrize("solve", [fm.sample, lanes.sample_each])
+@pytest.mark.parametrize("solve", [fm.sample, each.sample_each])
 def test_fine_structure_near_the_start_is_no_stall(solve):
     """Steps are far below 1e-6 at first, and the solve arrives; its end is off by the tolerance.
 
@@ -383,7 +383,7 @@ def test_ends_may_be_traced(name):
 
 
 def test_ends_of_each_may_be_traced():
-    solve = jit(lambda t0, t1: lanes.sample_each(growth, X, t0=t0, t1=t1))
+    solve = jit(lambda t0, t1: each.sample_each(growth, X, t0=t0, t1=t1))
     for t0, t1 in ((0.2, 0.9), (0.9, 0.2)):
         want = np.exp(np.sin(t1) - np.sin(t0)) * X
         np.testing.assert_allclose(solve(t0, t1), want, rtol=1e-4)

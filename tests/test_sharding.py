@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from fmjax import sharding, training
+from fmjax import training
+from fmjax.training import sharding
 
 KEY = jax.random.key(3)
 NUM_STEPS, BATCH_SIZE = 20, 32

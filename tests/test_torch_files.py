@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from made_weights import Call, Global, Persistent, Raw
 
-from fmjax.metrics import torch_files
-from fmjax.metrics.torch_files import read_tensors
+from fmjax.weights import torch_files
+from fmjax.weights.torch_files import read_tensors
 
 FORMATS = {"stream": made.stream, "zip": made.zipped}
 both_formats = pytest.mark.parametrize("form", FORMATS)

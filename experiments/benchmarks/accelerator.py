@@ -39,7 +39,8 @@ import fmjax as fm
 from experiments import cifar10, command, images, step
 from experiments.config import mesh
 from experiments.records import environment, write_json
-from fmjax import models, sharding
+from fmjax import models
+from fmjax.training import sharding
 
 LARGE = images.UNetConfig(
     channels=128,

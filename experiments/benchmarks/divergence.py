@@ -28,7 +28,7 @@ import numpy as np
 import fmjax as fm
 from experiments import command, images, trained
 from experiments.records import environment, write_json
-from fmjax import pixels
+from fmjax.data import pixels
 
 
 @dataclasses.dataclass(frozen=True)

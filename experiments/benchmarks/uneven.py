@@ -36,7 +36,8 @@ import numpy as np
 import fmjax as fm
 from experiments import command
 from experiments.records import environment, write_json
-from fmjax import lanes, models
+from fmjax import models
+from fmjax.solve import each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def exact(velocity: fm.Velocity, x0: jax.Array) -> np.ndarray:
     """The end points to 1e-8, in float64."""
     with jax.enable_x64(True):
         tight = diffrax.PIDController(rtol=1e-8, atol=1e-8)
-        solve = jax.jit(lambda x: lanes.sample_each(velocity, x, stepsize_controller=tight))
+        solve = jax.jit(lambda x: each.sample_each(velocity, x, stepsize_controller=tight))
         return np.asarray(solve(jnp.asarray(np.asarray(x0), jnp.float64)))
 
 
@@ -126,7 +127,7 @@ def solves(velocity: fm.Velocity) -> dict[str, Callable[[jax.Array], Any]]:
     return {
         "shared step": jax.jit(shared),
         "vmap": jax.jit(jax.vmap(alone)),
-        "lanes": jax.jit(functools.partial(lanes.integrate_each, velocity)),
+        "lanes": jax.jit(functools.partial(each.integrate_each, velocity)),
     }
 
 

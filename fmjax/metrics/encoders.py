@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from ..digests import hash_file
-from . import inception, resize, resnet, torch_files
+from ..files import hash_file
+from ..weights import read_tensors
+from . import inception, resize, resnet
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 _INCEPTION_SOURCE = f"""The FID's weights are {FILE_NAME}, whose SHA-256 begins with 6726825d; \
@@ -91,7 +92,7 @@ def inception_encoder(
     """
     path = Path(weights)
     digest = _checked_digest(path, sha256, _INCEPTION_SOURCE)
-    params = inception.params_from_state_dict(torch_files.read_tensors(path))
+    params = inception.params_from_state_dict(read_tensors(path))
     preprocess = jax.jit(protocol.preprocess)
 
     def features(images: np.ndarray) -> np.ndarray:
@@ -134,7 +135,7 @@ def resnet_encoder(weights: str | os.PathLike[str], *, sha256: str | None = None
     """
     path = Path(weights)
     digest = _checked_digest(path, sha256, _RESNET_SOURCE)
-    depth, params = resnet.params_from_state_dict(torch_files.read_tensors(path))
+    depth, params = resnet.params_from_state_dict(read_tensors(path))
     apply = jax.jit(resnet.ResNet(depth).apply, static_argnames="method")
 
     def features(images: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .state_dicts import check_entries
+from ..weights import check_entries
 
 SIZE = 299
 NUM_FEATURES = 2048

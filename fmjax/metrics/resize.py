@@ -74,7 +74,7 @@ def check_images(images: np.ndarray | jax.Array) -> None:
     if dtype != np.uint8:
         raise ValueError(
             f"images must be uint8, 0 to 255; got {dtype}. Floats in [-1, 1] become so by "
-            "`fmjax.pixels.quantize` and a cast."
+            "`fmjax.data.pixels.quantize` and a cast."
         )
     if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape[1:]:
         raise ValueError(

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from .state_dicts import check_entries
+from ..weights import check_entries
 
 IMAGE_SHAPE = (32, 32, 3)
 NUM_FEATURES = 64
@@ -143,7 +143,7 @@ def check_images(images: np.ndarray) -> None:
         raise ValueError(
             "A CIFAR-10 ResNet takes uint8 images [batch, 32, 32, 3], 0 to 255; got "
             f"{images.dtype} {list(images.shape)}. Take an encoder of the images' own data set; "
-            "fmjax.pixels.quantize makes pixel values of floats."
+            "fmjax.data.pixels.quantize makes pixel values of floats."
         )
 
 

@@ -5,7 +5,8 @@ import numpy as np
 
 from experiments.benchmarks.compare import points
 from experiments.benchmarks.compare.workers import Case, Options, timed
-from fmjax import data, sharding
+from fmjax import data
+from fmjax.training import sharding
 
 BATCHES = 500
 

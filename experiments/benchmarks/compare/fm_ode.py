@@ -18,8 +18,9 @@ import fmjax as fm
 from experiments.benchmarks.compare import fm_mlp, points
 from experiments.benchmarks.compare.rows import EQUAL
 from experiments.benchmarks.compare.workers import Case, Options, timed
-from fmjax import data, models, sharding, training
+from fmjax import data, models, training
 from fmjax.models import cpu
+from fmjax.training import sharding
 
 TRAINING_STEPS = 2000
 LAYER_NAMES = [f"Dense_{n}" for n in range(len(points.LAYERS) - 1)]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..types import as_array, as_batch, check_same_shape, refuse_explicit_mesh, wider
 from .assignment import (
     are_small,
     call_on_host,
@@ -29,7 +30,6 @@ from .assignment import (
     solve_by_bounds,
     solve_on_device,
 )
-from .types import as_array, as_batch, check_same_shape, refuse_explicit_mesh, wider
 
 DIRECT = 16  # numbers per event, up to which all differences are taken
 MARGIN = 4  # distances up to so many times the rounding are measured at first
@@ -59,18 +59,18 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     """Pairs the batch by the optimal assignment for the squared Euclidean cost.
 
     The permutation pi minimises sum_i |x0[pi(i)] - x1[i]|^2. It runs inside `jax.jit`, by
-    `fmjax.assignment`. On a CPU it is exact for the numbers given, in float64 on the host whatever
-    their dtype, however far apart or from the origin the points lie. Elsewhere costs and assignment
-    are computed on the device in JAX's default dtype, in a sequential loop (measure that at large
-    batches): in float32, pairings whose costs differ by less than about 1e-5 of the largest cost
-    count as equal; `jax_enable_x64` makes that float64.
+    `fmjax.couplings.assignment`. On a CPU it is exact for the numbers given, in float64 on the host
+    whatever their dtype, however far apart or from the origin the points lie. Elsewhere costs and
+    assignment are computed on the device in JAX's default dtype, in a sequential loop (measure that
+    at large batches): in float32, pairings whose costs differ by less than about 1e-5 of the
+    largest cost count as equal; `jax_enable_x64` makes that float64.
 
     Memory on a CPU: about four matrices `[batch, batch]` in float64. Where most of the distances
     are far below the events' squared norms, clusters far apart for instance, they are all measured:
     1 to 2 seconds for 10^9 differences.
 
     On a mesh put both arrays whole on every device first, by `jax.lax.with_sharding_constraint` and
-    `fmjax.sharding.replicated(mesh)`: split, they communicate at every turn of a loop.
+    `fmjax.training.sharding.replicated(mesh)`: split, they communicate at every turn of a loop.
 
     x0 and x1 are no longer independent then: a velocity trained on such pairs gives samples and
     likelihoods, but `velocity_to_score` of it is not the score.
@@ -92,7 +92,7 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
       Array([[0.],
              [5.]], dtype=float32)
 
-    Source: arXiv 2302.00482, section 3.3.2; the solver is `fmjax.assignment`'s.
+    Source: arXiv 2302.00482, section 3.3.2; the solver is `fmjax.couplings.assignment`'s.
     """
     del key
     x0, x1 = as_batch("x0", x0), as_batch("x1", x1)

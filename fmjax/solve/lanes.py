@@ -1,4 +1,4 @@
-"""Adaptive solves of single examples in lanes that a queue feeds, for `lanes`.
+"""Adaptive solves of single examples in lanes that a queue feeds, for `each`.
 
 W lanes hold one example each, with its own time, step size, solver state and controller state. A
 turn of the loop makes one step in every lane. A lane whose example has arrived at t1 writes the
@@ -19,7 +19,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import FIRST_STEP, Watched
+from .call import FIRST_STEP, Watched
 
 
 class _Lane(NamedTuple):
@@ -32,7 +32,7 @@ class _Lane(NamedTuple):
       t_next: where the next step ends.
       y: the state at t.
       solver_state: Diffrax's.
-      watch: the state of `_solve.Watched`.
+      watch: the state of `call.Watched`.
       num_steps: steps tried so far.
     """
 

@@ -20,9 +20,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import solve
-from .divergences import divergence_at, exact_divergence
-from .types import (
+from ..types import (
     Divergence,
     SourceLogProb,
     Velocity,
@@ -34,6 +32,8 @@ from .types import (
     returned,
     wider,
 )
+from .call import solve
+from .divergences import divergence_at, exact_divergence
 
 
 class LogProb(NamedTuple):

@@ -1,12 +1,12 @@
 """CIFAR-10, MNIST and Fashion-MNIST prepared from their original archives, without TensorFlow.
 
 TFDS reads a prepared data set without TensorFlow, but its own recipes for preparing these three
-need it. Here the archives are read by `fmjax.archives`, every picture becomes a PNG (lossless)
+need it. Here the archives are read by `fmjax.data.archives`, every picture becomes a PNG (lossless)
 made by Pillow, and TFDS writes the records itself, under the stock name, version, features and
 keys. What comes out is thus an ordinary TFDS data set in ArrayRecord format, in the stock order,
 and `tfds.data_source` reads it anywhere.
 
-    python -m fmjax.prepare cifar10 --archives DIR --data-dir DIR
+    python -m fmjax.data.prepare cifar10 --archives DIR --data-dir DIR
 
 takes the archives from a folder; without `--archives` they are downloaded.
 """
@@ -128,7 +128,7 @@ def missing(name: str, data_dir: str | os.PathLike | None, reason: str) -> str:
         f"{name} must be prepared or its archives be at hand. No prepared copy lies in "
         f"{_folder(name, data_dir)}, and of its archives at least one is missing: {reason}. "
         f"Put into a folder DIR{wanted}\nand run\n"
-        f"  python -m fmjax.prepare {name} --archives DIR --data-dir {root}\n"
+        f"  python -m fmjax.data.prepare {name} --archives DIR --data-dir {root}\n"
         "or let TFDS_DATA_DIR name a folder with a prepared copy. An experiment that needs no "
         "download: python -m experiments.digits"
     )
@@ -173,8 +173,10 @@ def _folder(name: str, data_dir: str | os.PathLike | None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: `python -m fmjax.prepare cifar10 --archives DIR --data-dir DIR`."""
-    parser = argparse.ArgumentParser(prog="python -m fmjax.prepare", description=prepare.__doc__)
+    """The command line: `python -m fmjax.data.prepare cifar10 --archives DIR --data-dir DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fmjax.data.prepare", description=prepare.__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("--archives", help="folder of the original archives; else downloaded")

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .types import (
+from ..types import (
     Divergence,
     Velocity,
     as_batch,

@@ -18,7 +18,7 @@ loss's own mean. Under `pmap`, `vmap` or `shard_map` with an axis name each of D
 B / D examples, and loss and gradients are averaged over the replicas: a mean of equal-sized means
 is the mean.
 
-Nothing here is jitted; see `fmjax.sharding` for one device or many.
+Nothing here is jitted; see `fmjax.training.sharding` for one device or many.
 """
 
 import math
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .types import at_least_float32, kind, returned
+from ..types import at_least_float32, kind, returned
 
 
 class TrainState(NamedTuple):

@@ -1,6 +1,6 @@
 """Image data sets in memory, and batches of indices into them.
 
-A data set is decoded once and lies in the host's memory as uint8; `fmjax.pixels` makes real
+A data set is decoded once and lies in the host's memory as uint8; `fmjax.data.pixels` makes real
 numbers of its values. Batches are arrays of indices into it, a function of (seed, step) alone, so
 that nothing about them needs saving.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _splits
+from . import splits
 
 _CHUNK = 4096  # encoded examples held at once while reading
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
@@ -39,8 +39,8 @@ class ImageDataset(NamedTuple):
 def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> ImageDataset:
     """Reads an image classification data set of TFDS into memory, without TensorFlow.
 
-    cifar10, mnist and fashion_mnist are prepared on the way if need be (`fmjax.prepare`): from a
-    download, where there is a network. Any other data set with fixed-size 8-bit images under
+    cifar10, mnist and fashion_mnist are prepared on the way if need be (`fmjax.data.prepare`): from
+    a download, where there is a network. Any other data set with fixed-size 8-bit images under
     "image" and classes under "label" is read if it lies prepared in ArrayRecord format.
 
     Args:
@@ -62,7 +62,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Im
     """
     builder = _builder(name, split, data_dir)
     lengths = {key: info.num_examples for key, info in builder.info.splits.items()}
-    slices = _splits.slices(split, lengths)
+    slices = splits.slices(split, lengths)
     features = builder.info.features
     _check_features(name, features)
     images, labels = [], []
@@ -106,7 +106,7 @@ def load_digits(split: str) -> ImageDataset:
         quantile[members] = (np.arange(len(members)) + 0.5) / len(members)
     order = order[np.argsort(quantile[order], kind="stable")]
     rows = {"train": order[:1500], "test": order[1500:]}
-    slices = _splits.slices(split, {key: len(value) for key, value in rows.items()})
+    slices = splits.slices(split, {key: len(value) for key, value in rows.items()})
     chosen = np.concatenate([rows[key][s.start : s.stop] for key, s in slices])
     images = pixels[chosen].astype(np.uint8).reshape(-1, 8, 8, 1)
     return ImageDataset(images, labels[chosen].astype(np.int32), 10, num_levels=17)
@@ -173,7 +173,7 @@ def _builder(name: str, split: str, data_dir: str | os.PathLike | None) -> Any:
     root = prepare.data_root(data_dir)
     if name in archives.SOURCES and not prepare.is_prepared(name, root):
         # A wrong split fails before the work.
-        _splits.slices(split, archives.SOURCES[name].num_examples)
+        splits.slices(split, archives.SOURCES[name].num_examples)
         prepare.prepare(name, data_dir=root)
     try:
         builder = tfds.builder(name, data_dir=root)

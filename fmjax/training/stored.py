@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from fmjax import digests
+from . import digests
 
 T = TypeVar("T")
 

@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from fmjax import digests, stored
-from fmjax.stored import CheckpointSaveError as CheckpointSaveError
-from fmjax.stored import Damaged as Damaged
-from fmjax.stored import DamagedCheckpointError as DamagedCheckpointError
-from fmjax.training import TrainState
+from . import digests, stored
+from .step import TrainState
+from .stored import CheckpointSaveError as CheckpointSaveError
+from .stored import Damaged as Damaged
+from .stored import DamagedCheckpointError as DamagedCheckpointError
 
 T = TypeVar("T")
 

@@ -16,10 +16,8 @@ The arrays of a tree are told apart by `named`: two of them never have one name.
 """
 
 import functools
-import hashlib
 import json
 import math
-import os
 import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from ..files import hash_bytes
 
 _SEEDS = (np.uint32(0x243F6A88), np.uint32(0xB7E15162))  # the digits of pi and of e
 
@@ -151,11 +151,6 @@ def describe(tree: Any) -> dict[str, str]:
     }
 
 
-def hash_bytes(content: Any) -> str:
-    """SHA-256 of bytes, or of what has a buffer of them, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def hash_json(value: Any) -> str:
     """SHA-256 of a value as JSON with sorted keys, in hexadecimal.
 
@@ -164,12 +159,6 @@ def hash_json(value: Any) -> str:
       True
     """
     return hash_bytes(json.dumps(value, sort_keys=True).encode())
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_array(x: np.ndarray) -> str:

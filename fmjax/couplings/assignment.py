@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jax.experimental.buffer_callback import buffer_callback
 
-from .types import as_array, at_least_float32, is_concrete, refuse_explicit_mesh
+from ..types import as_array, at_least_float32, is_concrete, refuse_explicit_mesh
 
 TEMPERATURES = (0.2, 0.05, 0.0125)  # in units of `_spread`
 ROUNDS = 10  # of Sinkhorn's, at each temperature
@@ -108,7 +108,7 @@ def _on_host(cost: jax.Array) -> jax.Array:
             raise RuntimeError(
                 "cost must hold no NaN and no -infinity, and must leave a permutation without "
                 "+infinity, a forbidden pair; got one that doesn't, inside jax.jit. Call "
-                "fmjax.assignment.optimal_assignment on it outside jax.jit for the entry."
+                "fmjax.couplings.assignment.optimal_assignment on it outside jax.jit for the entry."
             ) from None
 
     return call_on_host(rows, cost, *potentials(cost))

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .types import as_array, as_floating, is_concrete
+from ..types import as_array, as_floating, is_concrete
 
 
 def centred_range(num_levels: int = 256) -> tuple[float, float]:

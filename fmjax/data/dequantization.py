@@ -1,8 +1,8 @@
 """Bounds on the probability of discrete images, from a density of continuous ones.
 
 An image of levels v in {0, ..., L - 1} is the box of all x whose pixels lie in the bins of these
-levels (`fmjax.pixels`: L of them fill [low, high), by default [-1, 1)), and a density p of x gives
-it the probability P(v) = int_box p(x) dx. With x drawn from a density q(x | v) on that box, a
+levels (`fmjax.data.pixels`: L of them fill [low, high), by default [-1, 1)), and a density p of x
+gives it the probability P(v) = int_box p(x) dx. With x drawn from a density q(x | v) on that box, a
 dequantiser, and K independent draws,
 
     log P(v) >= E log (1/K) sum_k w_k,    w_k = p(x_k) / q(x_k | v),
@@ -28,8 +28,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ..types import as_floating, at_least_float32
 from .pixels import check_range, dequantize
-from .types import as_floating, at_least_float32
 
 Dequantizer = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -37,7 +37,7 @@ Dequantizer = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 def uniform_dequantizer(
     num_levels: int = 256, *, low: float = -1.0, high: float = 1.0
 ) -> Dequantizer:
-    """Draws x evenly from an image's box: `fmjax.pixels.dequantize`, with its log-density.
+    """Draws x evenly from an image's box: `fmjax.data.pixels.dequantize`, with its log-density.
 
     Args:
       num_levels: L, from 2 to 256.
@@ -49,7 +49,7 @@ def uniform_dequantizer(
       shape and log q(x | v) `[batch]`, in nats.
 
     Raises:
-      ValueError: unless low < high; by the dequantiser, as `fmjax.pixels.dequantize` does.
+      ValueError: unless low < high; by the dequantiser, as `fmjax.data.pixels.dequantize` does.
 
     Example:
       >>> x, log_q = uniform_dequantizer()(jax.random.key(0), jnp.zeros((4, 8, 8, 1), jnp.uint8))
@@ -84,7 +84,7 @@ def truncated_normal_dequantizer(
 
     Raises:
       ValueError: if `std` is not positive and finite, or unless low < high; by the dequantiser, as
-        `fmjax.pixels.dequantize` does.
+        `fmjax.data.pixels.dequantize` does.
 
     Source: Zheng et al. 2023, arXiv 2305.03935 (section 4.1).
     """

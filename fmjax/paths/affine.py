@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .types import (
+from ..types import (
     as_array,
     as_floating,
     at_least_float32,

@@ -33,7 +33,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._affine import (
+from ..types import (
+    PathSample,
+    Velocity,
+    as_batch,
+    broadcast_time,
+    check_same_shape,
+    wider,
+)
+from .affine import (
     Schedule,
     as_time,
     check_path,
@@ -42,14 +50,6 @@ from ._affine import (
     refuse_singular,
     schedule,
     schedule_with_w,
-)
-from .types import (
-    PathSample,
-    Velocity,
-    as_batch,
-    broadcast_time,
-    check_same_shape,
-    wider,
 )
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .types import as_array, is_concrete, kind
+from ..types import as_array, is_concrete, kind
 
 _TOLERANCE = 1e-5
 FIRST_STEP = 0.1  # of the interval

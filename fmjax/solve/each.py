@@ -23,7 +23,7 @@ solves, whose number of turns is not known ahead: `sample` and `log_prob` have t
 On several devices each one runs its own queue on its part of the batch, without collectives; `rows`
 says which examples of the whole batch they are:
 
-    mesh = fmjax.sharding.make_mesh()
+    mesh = fmjax.training.sharding.make_mesh()
     split = jax.sharding.PartitionSpec("data")
     draw = lambda x0, rows: sample_each(velocity, x0, rows=rows)
     draw = jax.shard_map(draw, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
@@ -37,11 +37,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._lanes import Solved, solve_each
-from ._solve import Watched, check_count, interval, raise_if, stopped, watched
-from .divergences import divergence_at, exact_divergence
-from .likelihood import check_source, source_at, standard_normal_log_prob
-from .types import (
+from ..types import (
     Divergence,
     SourceLogProb,
     Velocity,
@@ -50,6 +46,10 @@ from .types import (
     refuse_explicit_mesh,
     wider,
 )
+from .call import Watched, check_count, interval, raise_if, stopped, watched
+from .divergences import divergence_at, exact_divergence
+from .lanes import Solved, solve_each
+from .likelihood import check_source, source_at, standard_normal_log_prob
 
 
 class PerRow(NamedTuple):

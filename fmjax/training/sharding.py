@@ -35,7 +35,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fmjax.training import Metrics, TrainState, TrainStep
+from .step import Metrics, TrainState, TrainStep
 
 DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"

@@ -16,8 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .digests import hash_file
-from .files import write_whole
+from ..files import hash_file, write_whole
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> images [N, h, w, c], labels [N]
 

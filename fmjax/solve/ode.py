@@ -19,8 +19,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ._solve import solve
-from .types import Velocity, as_batch, checked, refuse_explicit_mesh, wider
+from ..types import Velocity, as_batch, checked, refuse_explicit_mesh, wider
+from .call import solve
 
 
 class Trajectory(NamedTuple):
