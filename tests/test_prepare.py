@@ -178,7 +178,8 @@ def test_data_root(monkeypatch, tmp_path):
 def test_command_line_without_tensorflow(tmp_path):
     make_mnist(tmp_path)
     program = (
-        "import sys; from fmjax import data; from fmjax.data import prepare; prepare.main(sys.argv[1:])\n"
+        "import sys; from fmjax import data; from fmjax.data import prepare\n"
+        "prepare.main(sys.argv[1:])\n"
         "print(data.load('mnist', 'train', sys.argv[-1]).images.shape, 'tensorflow' in sys.modules)"
     )
     arguments = ["mnist", "--no-check", "--archives", str(tmp_path), "--data-dir", str(tmp_path)]

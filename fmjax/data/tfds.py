@@ -1,39 +1,19 @@
-"""Image data sets in memory, and batches of indices into them.
-
-A data set is decoded once and lies in the host's memory as uint8; `fmjax.data.pixels` makes real
-numbers of its values. Batches are arrays of indices into it, a function of (seed, step) alone, so
-that nothing about them needs saving.
-"""
+"""Image data sets of TFDS, decoded once into memory, without TensorFlow."""
 
 import difflib
 import io
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import splits
+from .images import ImageDataset
 
 _CHUNK = 4096  # encoded examples held at once while reading
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
-
-
-class ImageDataset(NamedTuple):
-    """Labelled images in the host's memory.
-
-    Attributes:
-      images: uint8 `[N, height, width, channel]`, contiguous.
-      labels: int32 `[N]`, in 0..num_classes-1.
-      num_classes: the number of classes.
-      num_levels: the number of pixel values, which are 0..num_levels-1.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-    num_levels: int = 256
 
 
 def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> ImageDataset:
@@ -74,94 +54,6 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Im
     num_classes = features["label"].num_classes
     labels = _check_labels(f"{name}, {split}", np.asarray(labels, np.int32), num_classes)
     return ImageDataset(np.stack(images), labels, num_classes)
-
-
-def load_digits(split: str) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels of 17 levels: nothing to download.
-
-    The division into 1,500 for training and 297 for testing is fixed and stratified: every class
-    has the same share of both, to within one example. So has every slice from the start.
-
-    Args:
-      split: "train" or "test", with TFDS's slices: "train[:100]", "test[50%:]".
-
-    Returns:
-      Images `[N, 8, 8, 1]` with `num_levels` = 17.
-
-    Raises:
-      ValueError: for an unknown split or an empty slice.
-
-    Example:
-      >>> load_digits("train[:100]").images.shape
-      (100, 8, 8, 1)
-    """
-    from sklearn import datasets  # heavy, and wanted here alone
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    # An example's quantile within its class: sorted by it, classes come by turns.
-    quantile = np.empty(len(labels))
-    for label in range(10):
-        members = order[labels[order] == label]
-        quantile[members] = (np.arange(len(members)) + 0.5) / len(members)
-    order = order[np.argsort(quantile[order], kind="stable")]
-    rows = {"train": order[:1500], "test": order[1500:]}
-    slices = splits.slices(split, {key: len(value) for key, value in rows.items()})
-    chosen = np.concatenate([rows[key][s.start : s.stop] for key, s in slices])
-    images = pixels[chosen].astype(np.uint8).reshape(-1, 8, 8, 1)
-    return ImageDataset(images, labels[chosen].astype(np.int32), 10, num_levels=17)
-
-
-def batches(
-    num_examples: int, batch_size: int, *, seed: int, start_step: int = 0
-) -> Iterator[np.ndarray]:
-    """Batches of indices without end, every index exactly once in every epoch.
-
-    The permutations of epochs 0, 1, 2, ..., each a function of (seed, epoch) alone, are laid end
-    to end and cut into batches. Where `batch_size` does not divide `num_examples`, a batch holds
-    the tail of one epoch and the head of the next, and nothing is dropped.
-
-    Args:
-      num_examples: N.
-      batch_size: from 1 to N.
-      seed: not negative.
-      start_step: where to begin. The batches are those an uninterrupted run would see from that
-        step on; this takes O(N) time, whatever the step.
-
-    Returns:
-      An iterator of int64 arrays `[batch_size]` of indices below N.
-
-    Raises:
-      ValueError: at the call, for arguments outside these bounds.
-
-    Example:
-      >>> next(batches(5, 2, seed=0)).shape
-      (2,)
-    """
-    if not 1 <= batch_size <= num_examples:
-        raise ValueError(
-            f"batch_size must be from 1 to the number of examples, {num_examples}; got "
-            f"{batch_size}. Take a smaller batch or a larger split."
-        )
-    if seed < 0 or start_step < 0:
-        raise ValueError(f"seed and start_step can't be negative; got {seed} and {start_step}.")
-    return _batches(num_examples, batch_size, seed, start_step)
-
-
-def _batches(num_examples: int, batch_size: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(num_examples)
-
-    epoch, start = divmod(step * batch_size, num_examples)
-    order = permutation(epoch)
-    while True:
-        head, start = order[start : start + batch_size], start + batch_size
-        if start > num_examples:
-            epoch, start = epoch + 1, start - num_examples
-            order = permutation(epoch)
-            yield np.concatenate([head, order[:start]])
-        else:
-            yield head.copy()  # the caller's own: a view would let it write into the epoch
 
 
 def _builder(name: str, split: str, data_dir: str | os.PathLike | None) -> Any:

@@ -1,16 +1,24 @@
-"""Conditional paths from the source (t = 0) to the data (t = 1), and conversions along them."""
+"""Affine conditional paths from noise (t = 0) to data (t = 1), and what follows from them.
 
-from .schedules import AffinePath as AffinePath
+A path is two functions of time, alpha and sigma:
+
+    x_t = alpha(t) x1 + sigma(t) x0,      u_t = d/dt x_t = alpha'(t) x1 + sigma'(t) x0,
+
+with alpha(0) = 0 or nearly so, alpha(1) = 1, sigma(0) = 1 or nearly so, sigma(1) = 0 or sigma_min.
+The derivatives are never written down: `jax.jvp` takes them.
+"""
+
+from .affine import AffinePath as AffinePath
+from .affine import sample_path as sample_path
+from .conversions import score_to_velocity as score_to_velocity
+from .conversions import velocity_to_score as velocity_to_score
+from .conversions import velocity_to_x0 as velocity_to_x0
+from .conversions import velocity_to_x1 as velocity_to_x1
+from .conversions import x0_to_velocity as x0_to_velocity
+from .conversions import x1_to_velocity as x1_to_velocity
+from .marginal import marginal_velocity as marginal_velocity
 from .schedules import cond_ot as cond_ot
 from .schedules import cosine as cosine
 from .schedules import linear_vp as linear_vp
-from .schedules import marginal_velocity as marginal_velocity
 from .schedules import polynomial as polynomial
-from .schedules import sample_path as sample_path
-from .schedules import score_to_velocity as score_to_velocity
-from .schedules import velocity_to_score as velocity_to_score
-from .schedules import velocity_to_x0 as velocity_to_x0
-from .schedules import velocity_to_x1 as velocity_to_x1
 from .schedules import vp as vp
-from .schedules import x0_to_velocity as x0_to_velocity
-from .schedules import x1_to_velocity as x1_to_velocity

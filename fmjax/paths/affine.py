@@ -1,17 +1,22 @@
-"""The coefficients of an affine path and combinations of two arrays with them, for `paths`.
+"""Affine paths x_t = alpha(t) x1 + sigma(t) x0: the point and its velocity.
 
-Everything that `paths` computes is a(t) x + b(t) y with a and b made of alpha, sigma, their time
+Everything that these paths need is a(t) x + b(t) y with a and b made of alpha, sigma, their time
 derivatives, which `jax.jvp` takes, and W = alpha' sigma - alpha sigma'.
+
+Sources: Lipman et al. 2022, arXiv 2210.02747 (sections 3 and 4); Tong et al. 2023, arXiv
+2302.00482.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..types import (
+    PathSample,
     as_array,
+    as_batch,
     as_floating,
     at_least_float32,
     broadcast_time,
@@ -23,10 +28,54 @@ from ..types import (
 )
 
 Schedule = Callable[[jax.Array], jax.Array]
-Path = tuple[Schedule, Schedule]  # alpha and sigma: `paths.AffinePath` is one
 
 
-def schedule(path: Path, t: Any) -> tuple[jax.Array, ...]:
+class AffinePath(NamedTuple):
+    """The path x_t = alpha(t) x1 + sigma(t) x0; two functions of one's own make one.
+
+    It is no pytree of arrays: close over it, don't pass it through `jax.jit`.
+
+    Attributes:
+      alpha: weight of the data, a differentiable elementwise function of `t`.
+      sigma: weight of the source, likewise.
+
+    Example:
+      >>> path = AffinePath(alpha=lambda t: t**2, sigma=lambda t: 1 - t**2)
+    """
+
+    alpha: Schedule
+    sigma: Schedule
+
+
+def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) -> PathSample:
+    """The point x_t on the path from `x0` to `x1` at time `t`, and its velocity u_t = d/dt x_t.
+
+    Args:
+      path: the path.
+      x0: source, `[batch, *event]`.
+      x1: data, `[batch, *event]`.
+      t: times in [0, 1], `[]` or `[batch]`.
+
+    Returns:
+      `PathSample(t, x_t, u_t)`; `x_t` and `u_t` are `[batch, *event]` in the dtype of `x1`.
+
+    Raises:
+      ValueError: if the shapes disagree, if `t.shape` is no prefix of `x1.shape`, if the data are
+        integers, or where a concrete `t` meets an infinite slope of alpha or sigma (a traced one
+        gives infinity there).
+
+    Example:
+      >>> sample_path(cond_ot(), jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0.0, 0.5])).x_t[1]
+      Array([0.5, 0.5, 0.5], dtype=float32)
+    """
+    x0, x1 = as_batch("x0", x0), as_batch("x1", x1)
+    check_same_shape("x0 and x1", x0, x1)
+    t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
+    refuse_singular("sample_path", t, alpha_dot, sigma_dot)
+    return PathSample(t, combine(alpha, x1, sigma, x0), combine(alpha_dot, x1, sigma_dot, x0))
+
+
+def schedule(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
     """t as an array of at least float32, then alpha, sigma, alpha' and sigma' there."""
     check_path(path)
     t = as_time(t)
@@ -40,6 +89,13 @@ def schedule(path: Path, t: Any) -> tuple[jax.Array, ...]:
     return t, alpha, sigma, alpha_dot, sigma_dot
 
 
+def schedule_with_w(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
+    t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
+    w = alpha_dot * sigma - alpha * sigma_dot
+    # The reciprocal of an infinite W would be a silent zero.
+    return t, alpha, sigma, alpha_dot, sigma_dot, jnp.where(jnp.isfinite(w), w, jnp.nan)
+
+
 def check_path(path: Any) -> None:
     """Refuses what is no path, the factory of one above all."""
     if callable(path):
@@ -50,6 +106,9 @@ def check_path(path: Any) -> None:
             f"path must be AffinePath(alpha, sigma), two functions of time; got {kind(path)}. "
             "fmjax.cond_ot() is one."
         )
+
+
+_SLACK = 1e-5  # a grid in float32, or a difference quotient, need not end on 0 and 1
 
 
 def as_time(t: Any) -> jax.Array:
@@ -65,9 +124,6 @@ def as_time(t: Any) -> jax.Array:
     return at_least_float32(t)
 
 
-_SLACK = 1e-5  # a grid in float32, or a difference quotient, need not end on 0 and 1
-
-
 def _coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
     value = function(t)
     if isinstance(value, int | float):
@@ -78,28 +134,11 @@ def _coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
     return jnp.broadcast_to(value.astype(t.dtype), t.shape)
 
 
-def schedule_with_w(path: Path, t: Any) -> tuple[jax.Array, ...]:
-    t, alpha, sigma, alpha_dot, sigma_dot = schedule(path, t)
-    w = alpha_dot * sigma - alpha * sigma_dot
-    # The reciprocal of an infinite W would be a silent zero.
-    return t, alpha, sigma, alpha_dot, sigma_dot, jnp.where(jnp.isfinite(w), w, jnp.nan)
-
-
 def combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a x + b y, with a and b functions of time, computed in the wider dtype, returned in x's."""
     dtype = wider(a.dtype, x.dtype)
     a, b = broadcast_time(a, x).astype(dtype), broadcast_time(b, x).astype(dtype)
     return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
-
-
-def convert(
-    name: str, t: jax.Array, a: jax.Array, x_t: jax.Array, b: jax.Array, value: jax.Array
-) -> jax.Array:
-    x_t, value = as_floating("x_t", x_t), as_floating("the value to convert", value)
-    check_same_shape("x_t and the value to convert", x_t, value)
-    broadcast_time(t, x_t)  # a wrong shape is named before a singular value
-    refuse_singular(name, t, a, b)
-    return combine(a, x_t, b, value)
 
 
 def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array) -> None:

@@ -15,7 +15,6 @@ from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import integrate_log_prob as integrate_log_prob
 from .likelihood import log_prob as log_prob
 from .likelihood import sample_and_log_prob as sample_and_log_prob
-from .likelihood import standard_normal_log_prob as standard_normal_log_prob
 from .ode import Trajectory as Trajectory
 from .ode import integrate as integrate
 from .ode import sample as sample

@@ -37,6 +37,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
+from ..sources import check_source, source_at, standard_normal_log_prob
 from ..types import (
     Divergence,
     SourceLogProb,
@@ -46,10 +47,11 @@ from ..types import (
     refuse_explicit_mesh,
     wider,
 )
-from .call import Watched, check_count, interval, raise_if, stopped, watched
+from .call import check_count, interval
 from .divergences import divergence_at, exact_divergence
+from .failures import raise_if, stopped
 from .lanes import Solved, solve_each
-from .likelihood import check_source, source_at, standard_normal_log_prob
+from .watch import Watched, watched
 
 
 class PerRow(NamedTuple):

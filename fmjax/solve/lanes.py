@@ -19,7 +19,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from .call import FIRST_STEP, Watched
+from .call import FIRST_STEP
+from .watch import Watched
 
 
 class _Lane(NamedTuple):
@@ -32,7 +33,7 @@ class _Lane(NamedTuple):
       t_next: where the next step ends.
       y: the state at t.
       solver_state: Diffrax's.
-      watch: the state of `call.Watched`.
+      watch: the state of `watch.Watched`.
       num_steps: steps tried so far.
     """
 
