@@ -10,9 +10,12 @@ Every command has the flag `--traceback`, which shows where an expected error wa
 is no field of a Config: no run folder records it. A `main(config)` called from Python raises.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import inspect
+import io
 import logging
 import pathlib
 import re
@@ -121,11 +124,13 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
     """The flags as a `config`.
 
     Raises:
-      ValueError: for a flag that is given twice, or a positional value that is given as a flag.
-      SystemExit: with the code 2 for all that tyro refuses, 0 after `--help`.
+      ValueError: for a flag that is given twice, a positional value that is given as a flag, and
+        one that is missing or given twice.
+      SystemExit: with the code 2 for all else that tyro refuses, 0 after `--help`.
     """
-    prog = f"python -m {name}"
-    _refuse_flags_of_positionals(config, prog, args)
+    prog, positional = f"python -m {name}", _positional(config)
+    if positional is not None:
+        _refuse_flag_of_positional(*positional, prog, args)
     _refuse_repetitions(args)
     shown = tyro.conf.arg(help="Show where an error was raised.")
     fields = [
@@ -133,26 +138,50 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
         ("traceback", Annotated[bool, tyro.conf.FlagCreatePairsOff, shown], False),
     ]
     command: Any = dataclasses.make_dataclass("Command", fields)
-    return tyro.cli(command, prog=prog, description=doc, args=args).config
+    read = functools.partial(tyro.cli, command, prog=prog, description=doc, args=args)
+    return (read() if positional is None else _one(positional[1], read, prog, args)).config
+
+
+def _one(what: str, read: Callable[[], Any], prog: str, args: Sequence[str]) -> Any:
+    """What `read` returns, where tyro finds one positional value and not none or two."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return read()
+    except SystemExit:
+        if re.search("Missing from|Unrecognized options: (?!-)", said.getvalue()):
+            got = shlex.join(args) or "none"
+            raise ValueError(
+                f"The command takes one {what}: {prog} {what.upper()}; got {got}."
+            ) from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def _refuse_repetitions(args: Sequence[str]) -> None:
     """argparse would take the last one in silence."""
     flags = [word.split("=")[0].replace("_", "-") for word in args if word.startswith("--")]
-    counts = Counter(flag.replace("--no-", "--", 1) for flag in flags)
+    counts = Counter(re.sub(r"(^--|\.)no-", r"\1", flag) for flag in flags)
     if twice := [flag for flag, count in counts.items() if count > 1]:
-        given = " ".join(word for word in args)
-        raise ValueError(f"A flag is given once; got {', '.join(twice)} twice in: {given}")
+        raise ValueError(f"A flag is given once; got {', '.join(twice)} twice in: {' '.join(args)}")
 
 
-def _refuse_flags_of_positionals(config: type[Any], prog: str, args: Sequence[str]) -> None:
+def _positional(config: type[Any]) -> tuple[str, str] | None:
+    """The field of a config's positional value and what is said of it; None without one."""
     for field, hint in typing.get_type_hints(config, include_extras=True).items():
         kind, *marks = typing.get_args(hint) or (hint,)
-        flag, text = f"--{field}", "\0".join(args)
-        if tyro.conf.Positional in marks and re.search(rf"(^|\0){flag}[\0=]", text + "\0"):
-            what = "folder" if kind is pathlib.Path else field
-            rest = re.sub(rf"(^|\0){flag}[\0=]", r"\1", text + "\0").strip("\0").split("\0")
-            raise ValueError(f"The {what} is positional, without {flag}: {prog} {shlex.join(rest)}")
+        if tyro.conf.Positional in marks:
+            return field, "folder" if kind is pathlib.Path else field
+    return None
+
+
+def _refuse_flag_of_positional(field: str, what: str, prog: str, args: Sequence[str]) -> None:
+    for index, word in enumerate(args):
+        flag, _, value = word.partition("=")
+        if flag == f"--{field}":
+            value, *after = [*([value] if value else []), *args[index + 1 :]] or [what.upper()]
+            rest = shlex.join([value, *args[:index], *after])  # in front: --seeds takes the rest
+            raise ValueError(f"The {what} is positional, without {flag}: {prog} {rest}")
 
 
 def _quieten() -> None:

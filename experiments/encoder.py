@@ -27,7 +27,7 @@ from experiments.bounds import check_numbers, check_seeds
 from experiments.classifier import Classifier
 from experiments.classifier import load_encoder as load_encoder
 from experiments.progress import progress
-from experiments.records import environment
+from experiments.records import environment, make_folder
 from experiments.reference import encode
 from fmjax import data, training
 from fmjax.data import pixels
@@ -71,7 +71,7 @@ def main(config: Config) -> dict[str, Any]:
     folder = config.workdir or pathlib.Path(f"runs/encoder_{config.dataset}")
     if (folder / "encoder.json").exists():
         return _already_there(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     train_set, test_set = (load(config, split) for split in (config.train_split, config.test_split))
     image_shape = train_set.images.shape[1:]
     model = Classifier(
@@ -90,7 +90,7 @@ def main(config: Config) -> dict[str, Any]:
         "name": f"{config.dataset} classifier, {100 * accuracy:.1f} % test accuracy",
         "dataset": config.dataset,
         "accuracy": accuracy,
-        "accuracy_standard_error": error,
+        "accuracy_standard_error": error if len(test_set.labels) > 1 else None,
         "num_test_images": len(test_set.labels),
         "num_train_images": len(train_set.labels),
         "image_shape": image_shape,

@@ -34,17 +34,26 @@ def claim(folder: pathlib.Path) -> TextIO:
     Raises:
       ValueError: if it can't be written, or another process holds it.
     """
+    for part in (folder, folder / "checkpoints", folder / "samples"):
+        make_folder(part)
+    return lock(folder)
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, unless it is there, and writes a byte to it to see if there is room.
+
+    Raises:
+      ValueError: if it can't be made or written.
+    """
     try:
-        for part in (folder, folder / "checkpoints", folder / "samples"):
-            part.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=part) as file:
-                file.write(b"0")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
     except OSError as error:
         raise ValueError(
-            f"A run folder must be one that can be written; got {folder}: {error.strerror}. Take "
-            "another --workdir, or make room."
+            f"A folder must be one that can be written; got {folder}: {error.strerror}. Take "
+            "another one, or make room there."
         ) from None
-    return lock(folder)
 
 
 def lock(folder: pathlib.Path) -> TextIO:
@@ -53,8 +62,8 @@ def lock(folder: pathlib.Path) -> TextIO:
         file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
     except OSError as error:
         raise ValueError(
-            f"A folder must be one that can be written; got {folder}: {error.strerror}. Make room "
-            "there, or take another one."
+            f"A folder must be one that can be written; got {folder}: {error.strerror}. Take "
+            "another one, or make room there."
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

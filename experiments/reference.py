@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from experiments.progress import progress
-from experiments.records import write_json, write_whole, writing
+from experiments.records import make_folder, write_json, write_whole, writing
 from fmjax.files import hash_file
 from fmjax.metrics import Moments, moments
 from fmjax.metrics.encoders import Encoder
@@ -62,8 +62,8 @@ def load_or_compute(
       The `Reference`, a stored one to the bit.
 
     Raises:
-      ValueError: if a stored file is damaged (the message names it), or the images or the
-        encoder's features are not what they must be.
+      ValueError: if a stored file is damaged (the message names it), the folder can't be written,
+        or the images or the encoder's features are not what they must be.
 
     Example:
       >>> digits = data.load_digits("train")  # doctest: +SKIP
@@ -79,7 +79,7 @@ def load_or_compute(
         reference = load(path, encoder)
         _check_identity(path, reference.record, identity)
         return reference
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)  # before the long work
     description = f"features of {dataset_name} {split}"
     features = encode(encoder, images, batch_size=batch_size, description=description)
     return _store(path, features, identity)

@@ -54,7 +54,7 @@ import numpy as np
 
 from experiments import command, toy_data, toy_flows, toy_report
 from experiments.bounds import check_numbers, check_seeds
-from experiments.records import environment, write_json, write_text, writing
+from experiments.records import environment, make_folder, write_json, write_text, writing
 from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"
@@ -195,7 +195,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def fill_table(config: Config) -> dict[str, Any]:
     """Does the cells that are missing, prints the table, writes both down."""
-    config.workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.workdir)
     pairs = [resume(config, pair, lambda p=pair: run_pair(config, p)) for pair in toy_data.PAIRS]
     rows = [
         resume(config, f"{pair}_{method}", lambda p=pair, m=method: run_cell(config, p, m))

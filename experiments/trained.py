@@ -56,8 +56,11 @@ def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        reason = (
+            "is a file" if folder.is_file() else "does not" if folder.exists() else "does not exist"
+        )
         raise ValueError(
-            f"A run folder must hold config.json; got {folder}, which does not. Train one first, "
+            f"A run folder must hold config.json; got {folder}, which {reason}. Train one first, "
             "python -m experiments.digits for example, and name its folder, runs/digits."
         )
     try:

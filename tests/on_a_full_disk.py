@@ -91,9 +91,12 @@ def integrate_log_prob(velocity, x, **options):
     return fm.LogProb(-jnp.sum(x**2, axis=1), x, jnp.asarray(7))
 
 
+def log_prob(velocity, x):
+    return integrate_log_prob(velocity, x).log_prob
+
+
 def main(disk):
-    fm.integrate, fm.integrate_log_prob = integrate, integrate_log_prob
-    fm.log_prob = lambda velocity, x: integrate_log_prob(velocity, x).log_prob
+    fm.integrate, fm.integrate_log_prob, fm.log_prob = integrate, integrate_log_prob, log_prob
     folder, trained = disk / "run", disk / "trained"
     for what, moment in MOMENTS.items():
         at(disk, what, moment, two_moons, "--workdir", str(folder), *MOONS.split())

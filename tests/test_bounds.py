@@ -34,6 +34,10 @@ NAN = float("nan")
         ("dropout", 1.0, "zero or more and below 1; got 1.0"),
         ("dropout", -0.1, "zero or more and below 1; got -0.1"),
         ("dropout", NAN, "zero or more and below 1; got nan"),
+        ("num_groups", 0, "positive; got 0"),
+        ("time_scale", 0.0, "positive; got 0.0"),
+        ("time_scale", -1.0, "positive; got -1.0"),
+        ("time_scale", NAN, "positive; got nan"),
     ],
 )
 def test_a_unet_that_can_not_be_is_refused(module, field, value, rule):

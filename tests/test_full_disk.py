@@ -20,6 +20,7 @@ from fmjax.training.checkpoints import CheckpointSaveError
 FULL = os.strerror(errno.ENOSPC)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_every_write_is_one_line_and_with_room_the_command_ends(tmp_path):
     disk, script = tmp_path / "disk", ROOT / "tests" / "on_a_full_disk.py"
     disk.mkdir()

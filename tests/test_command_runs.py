@@ -1,0 +1,99 @@
+"""Commands that train: Ctrl-C at any moment, one example, a damaged checkpoint, a linked folder."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import on_a_full_disk
+from commands import end, one_line
+
+import fmjax as fm
+from experiments import run, step, two_moons
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+MOONS = "--batch-size 64 --model.features 16 --num-samples 20 --log-every 1 --num-steps 2".split()
+
+
+def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path, monkeypatch):
+    """No standard error of one; `--traceback` is not recorded, and may come and go."""
+    for name in ("integrate", "integrate_log_prob", "log_prob"):  # no solve is compiled
+        monkeypatch.setattr(fm, name, getattr(on_a_full_disk, name))
+    (folder := tmp_path / "a folder, ü").mkdir()
+    (link := tmp_path / "link").symlink_to(folder)
+    args = ["--workdir", str(link), *MOONS, "--eval-examples", "1"]
+    for more in (["--traceback"], []):
+        code, said = end(capsys, two_moons.main, *args, *more, config=two_moons.Config)
+        assert code == 0, said
+    text = (folder / "summary.json").read_text()
+    assert json.loads(text)["log_likelihood_standard_error"] is None and "NaN" not in text
+    assert "traceback" not in (folder / "config.json").read_text()
+
+
+def test_a_damaged_checkpoint_and_other_flags_are_one_message(capsys, tmp_path, monkeypatch):
+    args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
+    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
+    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
+    code, said = end(capsys, two_moons.main, *args, "--noise", "0.1", config=two_moons.Config)
+    assert code == 2 and "noise: folder has 0.05, got 0.1" in said and "Traceback" not in said
+    (tmp_path / "checkpoints" / "2" / "record" / "metadata").write_text("{}")
+    code, said = end(capsys, two_moons.main, *args, config=two_moons.Config)
+    assert code == 2 and "damaged in" in one_line(said) and "step 2: " in said
+
+
+def interrupting(function, count):
+    """The function; before its count-th call comes Ctrl-C."""
+    calls = []
+
+    def told(*args):
+        calls.append(args)
+        if len(calls) == count:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    return told
+
+
+def test_ctrl_c_before_and_in_training_and_in_writing(tmp_path, capsys, monkeypatch):
+    """Each time the folder is usable; in training the step is ended and saved."""
+    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
+    make_steps = step.make_steps
+    moments = (
+        (step, "init_state", interrupting(step.init_state, 1), [], "Interrupted."),
+        (run, "write_json", interrupting(run.write_json, 1), [], "Interrupted."),
+        (step, "make_steps", lambda *x: interrupting(make_steps(*x), 1), ["1"], " 1/2 "),
+        (run.Run, "finish", interrupting(run.Run.finish, 1), ["1", "2"], "Interrupted."),
+    )
+    try:
+        for place, name, function, saved, said in moments:
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, function)
+                code, got = end(capsys, two_moons.main, *args, config=two_moons.Config)
+            assert code == 130 and said in got and "Traceback" not in got, got
+            assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == saved
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 2
+
+
+def test_ctrl_c_while_compiling_in_a_process_of_its_own(tmp_path):
+    args = ["--workdir", str(tmp_path / "run"), *MOONS, "--eval-examples", "8"]
+    environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "nothing compiled yet")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.two_moons", *args],
+        cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in text, text
