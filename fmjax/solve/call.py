@@ -1,9 +1,9 @@
-"""The one call of `diffrax.diffeqsolve`, and the checks before it."""
+"""The one call of `diffrax.diffeqsolve`, its options, and the checks before it."""
 
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import diffrax
 import jax
@@ -16,20 +16,52 @@ from .failures import raise_if, stopped
 from .watch import check_object, watched
 
 FIRST_STEP = 0.1  # of the interval
+TSIT5, CHECKPOINTS = diffrax.Tsit5(), diffrax.RecursiveCheckpointAdjoint()
+
+
+class SolveOptions(TypedDict, total=False):
+    """The options of every solve, keyword arguments; solvers and their kin are Diffrax's objects.
+
+    Attributes:
+      t0: the time of the source, 0 by default; a number or a traced `[]`, in which the solve is
+        differentiable.
+      t1: the time of the data, 1 by default; likewise. `t1 < t0` is allowed.
+      solver: `diffrax.Tsit5()` by default; `Euler()` or any other explicit Runge-Kutta method.
+      stepsize_controller: an adaptive controller, `PIDController(rtol=1e-5, atol=1e-5)` by default,
+        or `StepTo` for a grid of one's own.
+      num_steps: that many equal steps; excludes `stepsize_controller`.
+      max_steps: an adaptive solve that needs more steps, 4096 by default, rejected ones included,
+        fails.
+      adjoint: how gradients are taken, `diffrax.RecursiveCheckpointAdjoint()` by default,
+        `DirectAdjoint()` for forward mode, for example.
+    """
+
+    t0: float | jax.Array
+    t1: float | jax.Array
+    solver: diffrax.AbstractSolver
+    stepsize_controller: diffrax.AbstractStepSizeController | None
+    num_steps: int | None
+    max_steps: int
+    adjoint: diffrax.AbstractAdjoint
+
+
+def backwards(options: SolveOptions) -> SolveOptions:
+    """The options of the same solve from the data to the source."""
+    return {**options, "t0": options.get("t1", 1.0), "t1": options.get("t0", 0.0)}
 
 
 def solve(
     vector_field: Callable[[Any, Any], Any],
     y0: Any,
     *,
-    t0: Any,
-    t1: Any,
-    ts: jax.Array | None,
-    solver: diffrax.AbstractSolver,
-    stepsize_controller: diffrax.AbstractStepSizeController | None,
-    num_steps: int | None,
-    max_steps: int,
-    adjoint: diffrax.AbstractAdjoint,
+    ts: jax.Array | None = None,
+    t0: Any = 0.0,
+    t1: Any = 1.0,
+    solver: diffrax.AbstractSolver = TSIT5,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    num_steps: int | None = None,
+    max_steps: int = 4096,
+    adjoint: diffrax.AbstractAdjoint = CHECKPOINTS,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """`integrate` for any pytree `y0` of arrays of one floating dtype: (t, y, num_evaluations)."""
     dtype = jax.tree.leaves(y0)[0].dtype

@@ -79,6 +79,9 @@ def exact_divergence(chunk_size: int = 16) -> Divergence:
     return divergence
 
 
+EXACT = exact_divergence()
+
+
 def hutchinson_divergence(
     key: jax.Array, num_probes: int = 1, *, probe: Probe = jax.random.rademacher
 ) -> Divergence:

@@ -31,7 +31,7 @@ says which examples of the whole batch they are:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import diffrax
 import jax
@@ -47,8 +47,8 @@ from ..types import (
     refuse_explicit_mesh,
     wider,
 )
-from .call import check_count, interval
-from .divergences import divergence_at, exact_divergence
+from .call import TSIT5, check_count, interval
+from .divergences import EXACT, divergence_at
 from .failures import raise_if, stopped
 from .lanes import Solved, solve_each
 from .watch import Watched, watched
@@ -100,17 +100,33 @@ class Attempts(NamedTuple):
     num_calls: jax.Array
 
 
+class EachOptions(TypedDict, total=False):
+    """The options of every solve with own steps, keyword arguments.
+
+    Attributes:
+      t0: the time of the source, 0 by default, a number or a traced `[]`.
+      t1: the time of the data, 1 by default; likewise. `t1 < t0` is allowed.
+      solver: `diffrax.Tsit5()` by default, or another with an error estimate.
+      stepsize_controller: an adaptive controller of Diffrax; by default
+        `PIDController(rtol=1e-5, atol=1e-5)`.
+      max_steps: an example that needs more steps, 4096 by default, rejected ones included, fails.
+      num_lanes: how many examples are solved in parallel; by default an eighth of the batch, at
+        least one. Fewer waste less, more are faster per evaluation where the hardware is not full.
+      rows: the index of every example, which `PerRow` is given and errors name, `[batch]`; by
+        default 0, 1, 2, ...
+    """
+
+    t0: float | jax.Array
+    t1: float | jax.Array
+    solver: diffrax.AbstractSolver
+    stepsize_controller: diffrax.AbstractStepSizeController | None
+    max_steps: int
+    num_lanes: int | None
+    rows: jax.Array | None
+
+
 def integrate_each(
-    velocity: Velocity | PerRow,
-    x0: jax.Array,
-    *,
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008 (it holds no state)
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    max_steps: int = 4096,
-    num_lanes: int | None = None,
-    rows: jax.Array | None = None,
+    velocity: Velocity | PerRow, x0: jax.Array, **options: Unpack[EachOptions]
 ) -> EachTrajectory:
     """Solves dx/dt = velocity(t, x) from x(t0) = `x0` to `t1`, every example with its own steps.
 
@@ -118,16 +134,7 @@ def integrate_each(
       velocity: `(t, x) -> u`, called with `t` of shape `[]` and `x` of shape `[1, *event]`; or
         `PerRow(row -> velocity)`, for one that depends on the example's label, for instance.
       x0: the state at `t0`, `[batch, *event]`. The solve runs in its dtype, in float32 at least.
-      t0: start.
-      t1: end; `t1 < t0` solves backwards.
-      solver: an explicit Runge-Kutta method of Diffrax with an error estimate.
-      stepsize_controller: an adaptive controller of Diffrax; by default
-        `PIDController(rtol=1e-5, atol=1e-5)`.
-      max_steps: an example that needs more steps, rejected ones included, fails.
-      num_lanes: how many examples are solved at a time; by default an eighth of the batch, at least
-        one. Fewer waste less, more are faster per evaluation where the hardware is not full.
-      rows: the number of every example, which `PerRow` is given and errors name, `[batch]`; by
-        default 0, 1, 2, ...
+      **options: `EachOptions`: t0, t1, solver, stepsize_controller, max_steps, num_lanes, rows.
 
     Returns:
       `EachTrajectory(x, num_evaluations, num_calls)`, `x` in the dtype of `x0`.
@@ -146,24 +153,12 @@ def integrate_each(
       Array([37, 13], dtype=int32)
     """
     x0 = as_batch("x0", x0)
-    field, y0 = _field(velocity, x0)
-    solved = _solve(
-        field, y0, rows, t0, t1, solver, stepsize_controller, max_steps, num_lanes, stops=True
-    )
+    solved = _solve(*_field(velocity, x0), stops=True, **options)
     return EachTrajectory(solved.y.astype(x0.dtype), solved.num_evaluations, solved.num_calls)
 
 
 def attempt_each(
-    velocity: Velocity | PerRow,
-    x0: jax.Array,
-    *,
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    max_steps: int = 4096,
-    num_lanes: int | None = None,
-    rows: jax.Array | None = None,
+    velocity: Velocity | PerRow, x0: jax.Array, **options: Unpack[EachOptions]
 ) -> Attempts:
     """`integrate_each` that keeps what succeeds: an example that fails is NaN, the others go on.
 
@@ -179,35 +174,13 @@ def attempt_each(
       Array([ True, False], dtype=bool)
     """
     x0 = as_batch("x0", x0)
-    field, y0 = _field(velocity, x0)
-    solved = _solve(
-        field, y0, rows, t0, t1, solver, stepsize_controller, max_steps, num_lanes, stops=False
-    )
+    solved = _solve(*_field(velocity, x0), stops=False, **options)
     x = solved.y.astype(x0.dtype)
     return Attempts(x, solved.reached, solved.num_evaluations, solved.num_calls)
 
 
-def _field(velocity: Velocity | PerRow, x0: jax.Array) -> tuple[Any, jax.Array]:
-    """The vector field of one example, and the state in the dtype of the solve."""
-    dtype = wider(x0.dtype, jnp.float32)
-
-    def field(row: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
-        return checked(_of_row(velocity, row), dtype)(t, x[None])[0]
-
-    return field, x0.astype(dtype)
-
-
 def sample_each(
-    velocity: Velocity | PerRow,
-    x0: jax.Array,
-    *,
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    max_steps: int = 4096,
-    num_lanes: int | None = None,
-    rows: jax.Array | None = None,
+    velocity: Velocity | PerRow, x0: jax.Array, **options: Unpack[EachOptions]
 ) -> jax.Array:
     """The end points of `integrate_each`: samples x(t1) from source samples x(t0) = `x0`.
 
@@ -219,17 +192,7 @@ def sample_each(
     Example:
       >>> x1 = sample_each(lambda t, x: -x, jax.random.normal(jax.random.key(0), (16, 2)))
     """
-    return integrate_each(
-        velocity,
-        x0,
-        t0=t0,
-        t1=t1,
-        solver=solver,
-        stepsize_controller=stepsize_controller,
-        max_steps=max_steps,
-        num_lanes=num_lanes,
-        rows=rows,
-    ).x
+    return integrate_each(velocity, x0, **options).x
 
 
 def log_prob_each(
@@ -237,14 +200,8 @@ def log_prob_each(
     x1: jax.Array,
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
-    divergence: Divergence | PerRow = exact_divergence(),  # noqa: B008 (a pure function)
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    max_steps: int = 4096,
-    num_lanes: int | None = None,
-    rows: jax.Array | None = None,
+    divergence: Divergence | PerRow = EXACT,
+    **options: Unpack[EachOptions],
 ) -> jax.Array:
     """log p_1(x1): each example is solved from `x1` at `t1` back to the source with its own steps.
 
@@ -254,13 +211,11 @@ def log_prob_each(
       source_log_prob: log-density of the source, `[batch, *event]` -> `[batch]`.
       divergence: as for `log_prob`. A Hutchinson divergence given as it is has one probe for all
         examples; `PerRow` gives each its own, which depends on its row alone.
-      t0: time of the source.
-      t1: time of the data.
-      solver, stepsize_controller, max_steps, num_lanes, rows: as for `integrate_each`.
+      **options: as for `integrate_each`.
 
     Returns:
       `[batch]`, in nats, in at least float32; `[num_estimates, batch]` where the divergence gives
-      several estimates side by side.
+      several estimates.
 
     Raises:
       ValueError, RuntimeError: as `integrate_each` does.
@@ -285,10 +240,8 @@ def log_prob_each(
     one = jax.ShapeDtypeStruct(x.shape[1:], dtype)
     _, div = jax.eval_shape(field, jnp.zeros((), jnp.int32), zero, (one, zero))
     start = (x, jnp.zeros((len(x), *div.shape), dtype))
-    solved = _solve(
-        field, start, rows, t1, t0, solver, stepsize_controller, max_steps, num_lanes, stops=True
-    )
-    x0, log_det = solved.y
+    ends: EachOptions = {"t0": options.get("t1", 1.0), "t1": options.get("t0", 0.0)}
+    x0, log_det = _solve(field, start, stops=True, **(options | ends)).y
     log_det = jnp.moveaxis(log_det, 0, -1)
     # Backwards, log_det is -int_0^1 div v dt.
     return source_at(source_log_prob, x0, log_det) + log_det
@@ -298,24 +251,34 @@ def _of_row(given: Any, row: jax.Array) -> Any:
     return given.make(row) if isinstance(given, PerRow) else given
 
 
+def _field(velocity: Velocity | PerRow, x0: jax.Array) -> tuple[Any, jax.Array]:
+    """The vector field of one example, and the state in the dtype of the solve."""
+    dtype = wider(x0.dtype, jnp.float32)
+
+    def field(row: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+        return checked(_of_row(velocity, row), dtype)(t, x[None])[0]
+
+    return field, x0.astype(dtype)
+
+
 def _solve(
     field: Callable[[jax.Array, jax.Array, Any], Any],
     y0: Any,
-    rows: jax.Array | None,
-    t_start: float | jax.Array,
-    t_end: float | jax.Array,
-    solver: diffrax.AbstractSolver,
-    controller: diffrax.AbstractStepSizeController | None,
-    max_steps: int,
-    num_lanes: int | None,
     *,
     stops: bool,
+    t0: float | jax.Array = 0.0,
+    t1: float | jax.Array = 1.0,
+    solver: diffrax.AbstractSolver = TSIT5,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    max_steps: int = 4096,
+    num_lanes: int | None = None,
+    rows: jax.Array | None = None,
 ) -> Solved:
     """What became of every example; with `stops`, an error that names the first that failed."""
     leaf = jax.tree.leaves(y0)[0]
     refuse_explicit_mesh("x", leaf)
-    start, end = interval(t_start, t_end, leaf.dtype)
-    watched_controller = _adaptive(solver, controller)
+    start, end = interval(t0, t1, leaf.dtype)
+    controller = _adaptive(solver, stepsize_controller)
     check_count("max_steps", max_steps)
     batch = len(leaf)
     rows = jnp.arange(batch, dtype=jnp.int32) if rows is None else jnp.asarray(rows, jnp.int32)
@@ -333,12 +296,12 @@ def _solve(
         t0=start,
         t1=end,
         solver=solver,
-        controller=watched_controller,
+        controller=controller,
         max_steps=max_steps,
         num_lanes=min(num_lanes, batch),
         stops=stops,
     )
-    return _raise_on_failure(solved, rows, end, max_steps) if stops else solved
+    return _raise_on_failure(solved, rows, max_steps) if stops else solved
 
 
 def _adaptive(
@@ -361,7 +324,7 @@ def _adaptive(
     return found
 
 
-def _raise_on_failure(solved: Solved, rows: jax.Array, t1: Any, max_steps: int) -> Solved:
+def _raise_on_failure(solved: Solved, rows: jax.Array, max_steps: int) -> Solved:
     """`solved`, or at run time an error that names the first failed row and its time."""
 
     def message(row: int, reached: float, ran_out: bool) -> str:

@@ -13,9 +13,8 @@ Source: Chen et al. 2018, arXiv 1806.07366 (theorem 1).
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -31,8 +30,8 @@ from ..types import (
     refuse_explicit_mesh,
     wider,
 )
-from .call import solve
-from .divergences import divergence_at, exact_divergence
+from .call import SolveOptions, backwards, solve
+from .divergences import EXACT, divergence_at
 
 
 class LogProb(NamedTuple):
@@ -50,20 +49,21 @@ class LogProb(NamedTuple):
     num_evaluations: jax.Array
 
 
-def log_prob(
-    velocity: Velocity,
-    x1: jax.Array,
-    *,
-    source_log_prob: SourceLogProb = standard_normal_log_prob,
-    divergence: Divergence = exact_divergence(),  # noqa: B008 (a pure function)
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    num_steps: int | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
-) -> jax.Array:
+class LikelihoodOptions(SolveOptions, total=False):
+    """The options of every log-density: those of the solve, and these.
+
+    Attributes:
+      source_log_prob: log-density of the source, `[batch, *event]` -> `[batch]`;
+        `standard_normal_log_prob` by default.
+      divergence: `exact_divergence(...)`, the default, `hutchinson_divergence(key, num_probes)`, or
+        `hutchinson_estimates(key, num_probes)` for each probe's value on its own.
+    """
+
+    source_log_prob: SourceLogProb
+    divergence: Divergence
+
+
+def log_prob(velocity: Velocity, x1: jax.Array, **options: Unpack[LikelihoodOptions]) -> jax.Array:
     """log p_1(x1): the flow is solved from `x1` at `t1` back to the source at `t0`.
 
     Differentiable with respect to `x1` and to whatever `velocity` closes over. Wrap it in
@@ -72,37 +72,21 @@ def log_prob(
     Args:
       velocity: `(t, x) -> u`. Activations with continuous second derivatives (SiLU, GELU, tanh)
         solve in far fewer steps than ones with a kink (ReLU, SELU), whose divergence jumps. For
-        these pass `solver=diffrax.Dopri5()`, which made a quarter of Tsit5's calls.
+        these pass `solver=diffrax.Dopri5()`, which makes far fewer calls there than Tsit5.
       x1: data, `[batch, *event]`.
-      source_log_prob: log-density of the source, `[batch, *event]` -> `[batch]`.
-      divergence: `exact_divergence(...)`, `hutchinson_divergence(key, num_probes)`, or
-        `hutchinson_estimates(key, num_probes)` for each probe's value on its own.
-      t0: time of the source.
-      t1: time of the data.
-      solver, stepsize_controller, num_steps, max_steps, adjoint: as for `integrate`.
+      **options: `LikelihoodOptions`: source_log_prob, divergence, and those of `integrate`.
 
     Returns:
       `[batch]`, in nats, in at least float32; of the shape of what `divergence` returns.
 
     Raises:
-      ValueError, RuntimeError: as `integrate` does.
+      ValueError, RuntimeError: as `integrate` does; a `source_log_prob` or a `divergence` that
+        returns another shape.
 
     Example:
       >>> log_p = log_prob(lambda t, x: jnp.zeros_like(x), jnp.zeros((5, 2)))  # -log(2 pi)
     """
-    return integrate_log_prob(
-        velocity,
-        x1,
-        source_log_prob=source_log_prob,
-        divergence=divergence,
-        t0=t0,
-        t1=t1,
-        solver=solver,
-        stepsize_controller=stepsize_controller,
-        num_steps=num_steps,
-        max_steps=max_steps,
-        adjoint=adjoint,
-    ).log_prob
+    return integrate_log_prob(velocity, x1, **options).log_prob
 
 
 def integrate_log_prob(
@@ -110,14 +94,8 @@ def integrate_log_prob(
     x1: jax.Array,
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
-    divergence: Divergence = exact_divergence(),  # noqa: B008
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    num_steps: int | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+    divergence: Divergence = EXACT,
+    **options: Unpack[SolveOptions],
 ) -> LogProb:
     """`log_prob` with its cost and the source points that the data came from.
 
@@ -132,9 +110,7 @@ def integrate_log_prob(
     """
     x1 = as_batch("x1", x1)
     check_source(source_log_prob, x1)
-    x0, log_det, num_evaluations = _solve_with_divergence(
-        velocity, x1, divergence, t1, t0, solver, stepsize_controller, num_steps, max_steps, adjoint
-    )
+    x0, log_det, num_evaluations = _solve(velocity, x1, divergence, backwards(options))
     # Backwards, log_det is -int_0^1 div v dt.
     log_p = source_at(source_log_prob, x0, log_det) + log_det
     return LogProb(log_p, x0.astype(x1.dtype), num_evaluations)
@@ -145,14 +121,8 @@ def sample_and_log_prob(
     x0: jax.Array,
     *,
     source_log_prob: SourceLogProb = standard_normal_log_prob,
-    divergence: Divergence = exact_divergence(),  # noqa: B008
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    num_steps: int | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+    divergence: Divergence = EXACT,
+    **options: Unpack[SolveOptions],
 ) -> tuple[jax.Array, jax.Array]:
     """Samples x1 from source samples `x0`, and their log-densities, in one solve.
 
@@ -163,26 +133,15 @@ def sample_and_log_prob(
     """
     x0 = as_batch("x0", x0)
     check_source(source_log_prob, x0)
-    x1, log_det, _ = _solve_with_divergence(
-        velocity, x0, divergence, t0, t1, solver, stepsize_controller, num_steps, max_steps, adjoint
-    )
+    x1, log_det, _ = _solve(velocity, x0, divergence, options)
     log_p = source_at(source_log_prob, x0.astype(x1.dtype), log_det) - log_det
     return x1.astype(x0.dtype), log_p
 
 
-def _solve_with_divergence(
-    velocity: Velocity,
-    x: jax.Array,
-    divergence: Divergence,
-    t_start: float | jax.Array,
-    t_end: float | jax.Array,
-    solver: diffrax.AbstractSolver,
-    stepsize_controller: diffrax.AbstractStepSizeController | None,
-    num_steps: int | None,
-    max_steps: int,
-    adjoint: diffrax.AbstractAdjoint,
+def _solve(
+    velocity: Velocity, x: jax.Array, divergence: Divergence, options: SolveOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x at `t_end`, the integral of the divergence from `t_start` on, and the evaluations."""
+    """x at the end, the integral of the divergence on the way there, and the evaluations."""
     refuse_explicit_mesh("x", x)
     dtype = wider(x.dtype, jnp.float32)
 
@@ -192,18 +151,7 @@ def _solve_with_divergence(
     start = jnp.zeros((), dtype)
     _, div = jax.eval_shape(vector_field, start, (x.astype(dtype), start))
     y_start = (x.astype(dtype), jnp.zeros(div.shape, dtype))
-    _, (x_end, log_det), num_evaluations = solve(
-        vector_field,
-        y_start,
-        t0=t_start,
-        t1=t_end,
-        ts=None,
-        solver=solver,
-        stepsize_controller=stepsize_controller,
-        num_steps=num_steps,
-        max_steps=max_steps,
-        adjoint=adjoint,
-    )
+    _, (x_end, log_det), num_evaluations = solve(vector_field, y_start, **options)
     return x_end[-1], log_det[-1], num_evaluations
 
 

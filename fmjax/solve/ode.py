@@ -13,14 +13,13 @@ changed with what it closes over. A function of the parameters compiles once for
 (Under `jax.vmap` the solves of a batch run in step with the longest, and each counts its own.)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
 from ..types import Velocity, as_batch, checked, refuse_explicit_mesh, wider
-from .call import solve
+from .call import SolveOptions, solve
 
 
 class Trajectory(NamedTuple):
@@ -41,29 +40,17 @@ def integrate(
     velocity: Velocity,
     x0: jax.Array,
     *,
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
     ts: jax.Array | None = None,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008 (it holds no state)
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    num_steps: int | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
+    **options: Unpack[SolveOptions],
 ) -> Trajectory:
     """Solves dx/dt = velocity(t, x) from x(t0) = `x0` to `t1`; `t1 < t0` solves backwards.
 
     Args:
       velocity: `(t, x) -> u`, with `t` of shape `[]`.
       x0: the state at `t0`, `[batch, *event]`. The solve runs in its dtype, in float32 at least.
-      t0: start, a number or a traced `[]`, in which the solve is differentiable.
-      t1: end, likewise.
       ts: times at which the state is wanted, `[num_times]`, in order from `t0` to `t1`; between
         steps it is interpolated by the solver's own rule. Without it, `t1` alone.
-      solver: `diffrax.Euler()`, `Tsit5()` or any other explicit Runge-Kutta method of Diffrax.
-      stepsize_controller: an adaptive controller, or `StepTo` for a grid of one's own.
-      num_steps: that many equal steps; excludes `stepsize_controller`.
-      max_steps: an adaptive solve that needs more steps, rejected ones included, fails.
-      adjoint: how gradients are taken, `diffrax.DirectAdjoint()` for forward mode, for example.
+      **options: `SolveOptions`: t0, t1, solver, stepsize_controller, num_steps, max_steps, adjoint.
 
     Returns:
       `Trajectory(t, x, num_evaluations)`, `x` of shape `[num_times, batch, *event]` in the dtype of
@@ -77,39 +64,18 @@ def integrate(
         end is not finite; it says at which time.
 
     Example:
+      >>> import diffrax
       >>> integrate(lambda t, x: -x, jnp.ones((1, 2)), solver=diffrax.Heun(), num_steps=10).x.shape
       (1, 1, 2)
     """
     x0 = as_batch("x0", x0)
     refuse_explicit_mesh("x0", x0)
     dtype = wider(x0.dtype, jnp.float32)
-    t, x, num_evaluations = solve(
-        checked(velocity, dtype),
-        x0.astype(dtype),
-        t0=t0,
-        t1=t1,
-        ts=ts,
-        solver=solver,
-        stepsize_controller=stepsize_controller,
-        num_steps=num_steps,
-        max_steps=max_steps,
-        adjoint=adjoint,
-    )
+    t, x, num_evaluations = solve(checked(velocity, dtype), x0.astype(dtype), ts=ts, **options)
     return Trajectory(t, x.astype(x0.dtype), num_evaluations)
 
 
-def sample(
-    velocity: Velocity,
-    x0: jax.Array,
-    *,
-    t0: float | jax.Array = 0.0,
-    t1: float | jax.Array = 1.0,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),  # noqa: B008
-    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
-    num_steps: int | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),  # noqa: B008
-) -> jax.Array:
+def sample(velocity: Velocity, x0: jax.Array, **options: Unpack[SolveOptions]) -> jax.Array:
     """The end point of `integrate`: samples x(t1) from source samples x(t0) = `x0`.
 
     Arguments and errors are those of `integrate`.
@@ -118,17 +84,8 @@ def sample(
       `[batch, *event]`, in the dtype of `x0`.
 
     Example:
+      >>> import diffrax
       >>> x0 = jax.random.normal(jax.random.key(0), (16, 2))
       >>> x1 = sample(lambda t, x: -x, x0, solver=diffrax.Euler(), num_steps=100)
     """
-    return integrate(
-        velocity,
-        x0,
-        t0=t0,
-        t1=t1,
-        solver=solver,
-        stepsize_controller=stepsize_controller,
-        num_steps=num_steps,
-        max_steps=max_steps,
-        adjoint=adjoint,
-    ).x[-1]
+    return integrate(velocity, x0, **options).x[-1]
