@@ -129,8 +129,8 @@ def missing(name: str, data_dir: str | os.PathLike | None, reason: str) -> str:
         f"{_folder(name, data_dir)}, and of its archives at least one is missing: {reason}. "
         f"Put into a folder DIR{wanted}\nand run\n"
         f"  python -m fmjax.data.prepare {name} --archives DIR --data-dir {root}\n"
-        "or let TFDS_DATA_DIR name a folder with a prepared copy. An experiment that needs no "
-        "download: python -m experiments.digits"
+        "or let TFDS_DATA_DIR name a folder with a prepared copy. Images that need no "
+        "download are fmjax.data.load_digits's."
     )
 
 

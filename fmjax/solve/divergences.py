@@ -79,9 +79,6 @@ def exact_divergence(chunk_size: int = 16) -> Divergence:
     return divergence
 
 
-EXACT = exact_divergence()
-
-
 def hutchinson_divergence(
     key: jax.Array, num_probes: int = 1, *, probe: Probe = jax.random.rademacher
 ) -> Divergence:
@@ -194,3 +191,6 @@ def _check_count(name: str, count: Any) -> None:
         good = False
     if not good:
         raise ValueError(f"{name} must be at least 1, a whole number; got {kind(count)}.")
+
+
+EXACT = exact_divergence()

@@ -17,7 +17,7 @@ from namespaces import in_a_namespace
 
 from experiments import trained, two_moons
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = "--model.features 16 --batch-size 64 --num-samples 50 --eval-examples 64".split()
 SECONDS = 400  # far more than it takes
 

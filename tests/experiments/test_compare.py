@@ -14,7 +14,7 @@ from experiments.benchmarks.compare import __main__ as compare
 from experiments.benchmarks.compare import fm_mlp, points, reference, report, workers
 from experiments.benchmarks.compare.rows import ROWS, Line, Row
 
-RESULTS = pathlib.Path(__file__).parents[1] / "experiments/benchmarks/results"
+RESULTS = pathlib.Path(__file__).parents[2] / "experiments/benchmarks/results"
 LAYERS = [
     (0.5 * np.random.default_rng(i).standard_normal((a, b)), np.full(b, 0.1))
     for i, (a, b) in enumerate([(3, 8), (8, 8), (8, 2)])

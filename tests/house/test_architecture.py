@@ -16,7 +16,7 @@ import pytest
 
 import fmjax as fm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Every module and the fmjax modules that it may import. A module or an arrow that is not here is
 # a change of the floor plan: add it only if it points down.

@@ -109,7 +109,7 @@ def test_offline_the_error_says_what_to_do(tmp_path, name):
     message = str(caught.value)
     assert str(tmp_path / name / SOURCES[name].version) in message
     assert f"python -m fmjax.data.prepare {name} --archives DIR --data-dir {tmp_path}" in message
-    assert "no network" in message and "python -m experiments.digits" in message
+    assert "no network" in message and "load_digits" in message
     for archive in SOURCES[name].archives:
         assert archive.file_name in message and archive.url in message
     assert list(tmp_path.iterdir()) == []

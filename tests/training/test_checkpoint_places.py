@@ -17,7 +17,7 @@ from test_checkpoints import assert_identical
 from fmjax import training
 from fmjax.training import checkpoints, sharding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 

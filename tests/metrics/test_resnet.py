@@ -307,7 +307,7 @@ def test_an_evaluation_has_one_encoder():
 
 def shared(variable, folder, *names):
     """Files in the folder that a variable names, or else in the one beside the repository."""
-    beside = pathlib.Path(__file__).parents[2] / "shared" / folder
+    beside = pathlib.Path(__file__).parents[3] / "shared" / folder
     root = pathlib.Path(os.environ.get(variable) or beside)
     for name in names:
         if not (root / name).is_file():

@@ -16,7 +16,7 @@ from experiments import command, digits, encoder, evaluate, toy_table, two_moons
 from experiments.cluster import ProcessZeroError
 from experiments.run import Run
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def raising(error):

@@ -35,7 +35,7 @@ from experiments.images import UNetConfig
 from experiments.run import Run
 from fmjax.data import pixels
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,7 +24,7 @@ from experiments.run import Run
 from fmjax import data, models
 from fmjax.training import checkpoints
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SHARED = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared/tensorflow_datasets"))
 TINY = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
 SMALL = dict(

@@ -59,6 +59,6 @@ def test_docstring_examples_run(name):
 def test_metrics_load_neither_flax_nor_with_fmjax():
     code = "import sys, fmjax; print('fmjax.metrics' in sys.modules); import fmjax.metrics; "
     code += "print([m for m in ('flax', 'orbax', 'torch', 'tensorflow') if m in sys.modules])"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["False", "[]"], done.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from experiments import cluster, trained, two_moons
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 48 --eval-examples 64"
 SETTINGS = dict(batch_size=64, log_every=1, num_samples=48, eval_examples=64)  # the same
 SETTINGS |= {"model": two_moons.MLPConfig(features=(64, 64))}

@@ -14,7 +14,7 @@ from experiments import report, toy_report
 from experiments.benchmarks import uneven
 from experiments.benchmarks.compare import report as report_of_compare
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/benchmarks/results"
 
 

@@ -17,7 +17,7 @@ from fmjax.data import archives
 @pytest.fixture
 def shared_data_dir():
     """A TFDS folder with real images: TFDS_DATA_DIR, or the one beside the repository."""
-    beside = pathlib.Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
+    beside = pathlib.Path(__file__).parents[3] / "shared" / "tensorflow_datasets"
     folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or beside)
     for name in ("cifar10/3.0.2", "mnist/3.0.1"):
         if not (folder / name / "dataset_info.json").is_file():

@@ -14,7 +14,7 @@ from commands import end, one_line
 import fmjax as fm
 from experiments import run, step, two_moons
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 MOONS = "--batch-size 64 --model.features 16 --num-samples 20 --log-every 1 --num-steps 2".split()
