@@ -65,7 +65,8 @@ def sample_path(path: AffinePath, x0: jax.Array, x1: jax.Array, t: jax.Array) ->
         gives infinity there).
 
     Example:
-      >>> sample_path(cond_ot(), jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0.0, 0.5])).x_t[1]
+      >>> path = AffinePath(alpha=lambda t: t, sigma=lambda t: 1 - t)
+      >>> sample_path(path, jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0.0, 0.5])).x_t[1]
       Array([0.5, 0.5, 0.5], dtype=float32)
     """
     x0, x1 = as_batch("x0", x0), as_batch("x1", x1)

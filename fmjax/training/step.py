@@ -87,7 +87,7 @@ def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainStat
         Optax transformation.
 
     Example:
-      >>> state = init_train_state({"w": jnp.zeros(2)}, adam(1e-3))
+      >>> state = init_train_state({"w": jnp.zeros(2)}, optax.adam(1e-3))
       >>> int(state.step)
       0
     """
@@ -138,7 +138,7 @@ def make_train_step(
     Example:
       >>> def loss_fn(params, key, x):
       ...     return jnp.mean((x - params["w"]) ** 2)
-      >>> tx = adam(1e-3)
+      >>> tx = optax.adam(1e-3)
       >>> step = jax.jit(make_train_step(loss_fn, tx), donate_argnums=0)
       >>> state = init_train_state({"w": jnp.zeros(())}, tx)
       >>> state, metrics = step(state, jax.random.key(0), jnp.ones(8))
@@ -193,7 +193,7 @@ def many_steps(train_step: TrainStep) -> TrainStep:
       that `num_steps` calls of `train_step` would take, up to rounding.
 
     Example:
-      >>> tx, loss_fn = adam(1e-3), lambda params, key, x: jnp.mean((x - params) ** 2)
+      >>> tx, loss_fn = optax.adam(1e-3), lambda params, key, x: jnp.mean((x - params) ** 2)
       >>> steps = jax.jit(many_steps(make_train_step(loss_fn, tx)), donate_argnums=0)
       >>> state = init_train_state(jnp.zeros(()), tx)
       >>> state, metrics = steps(state, jax.random.key(0), jnp.ones((5, 8)))

@@ -1,4 +1,4 @@
-"""Who may import whom, what `import fmjax` loads, and that every public name is documented."""
+"""Which room imports which, what `import fmjax` loads, and that every public name is documented."""
 
 import ast
 import doctest
@@ -9,95 +9,59 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffrax
-import jax
-import jax.numpy as jnp
 import pytest
 
 import fmjax as fm
 
 ROOT = Path(__file__).parents[2]
 
-# Every module and the fmjax modules that it may import. A module or an arrow that is not here is
-# a change of the floor plan: add it only if it points down.
+# Every room and the rooms that it imports, no more and no fewer: an arrow that is not here is a
+# change of the floor plan; add it only if it points down.
 ARROWS = {
     "types": set(),
-    "_affine": {"types"},
-    "paths": {"_affine", "types"},
-    "assignment": set(),
-    "couplings": {"assignment", "types"},
+    "files": set(),
     "times": {"types"},
     "losses": {"types"},
     "guidance": {"types"},
-    "_solve": {"types"},
-    "sampling": {"_solve", "types"},
-    "divergences": {"types"},
-    "likelihood": {"_solve", "divergences", "types"},
-    "_lanes": {"_solve"},
-    "lanes": {"_lanes", "_solve", "divergences", "likelihood", "types"},
-    "models": {"models.mlp", "models.unet"},
-    "models.kernels": {"types"},
-    "models.layers": {"models.kernels"},
-    "models.mlp": {"models.layers", "types"},
-    "models.unet": {"models.kernels", "models.layers", "types"},
-    "models.cpu": {"models.kernels"}
-    | {f"models.cpu.{name}" for name in ("attention", "upsampling", "winograd")},
-    "models.cpu.attention": {"models.kernels"},
-    "models.cpu.upsampling": {"models.cpu.winograd", "models.kernels"},
-    "models.cpu.winograd": set(),
-    "metrics": {"metrics.estimate", "metrics.frechet", "metrics.kernel", "metrics.scores"}
-    | {"metrics.transport"},
-    "metrics.estimate": set(),
-    "metrics.frechet": {"metrics.estimate"},
-    "metrics.kernel": {"metrics.estimate"},
-    "metrics.scores": {"metrics.estimate"},
-    "metrics.transport": {"metrics.estimate"},
-    "metrics.inception": {"metrics.state_dicts"},
-    "metrics.resnet": {"metrics.state_dicts"},
-    "metrics.resize": set(),
-    "metrics.state_dicts": set(),
-    "metrics.torch_files": set(),
-    "metrics.encoders": {"metrics.inception", "metrics.resize", "metrics.resnet"}
-    | {"metrics.torch_files", "digests"},
-    "training": {"types"},
-    "sharding": {"training"},
-    "digests": set(),
-    "files": set(),
-    "stored": {"digests"},
-    "checkpoints": {"digests", "stored", "training"},
-    "data": {"_splits", "archives", "prepare", "types"},
-    "_splits": set(),
-    "pixels": {"types"},
-    "dequantization": {"pixels", "types"},
-    "prepare": {"archives"},
-    "archives": {"digests", "files"},
+    "sources": {"types"},
+    "paths": {"types"},
+    "couplings": {"types"},
+    "solve": {"sources", "types"},
+    "models": {"types"},
+    "weights": set(),
+    "data": {"files", "types"},
+    "training": {"files", "types"},
+    "metrics": {"files", "weights"},
 }
-CORE = ("types", "paths", "couplings", "times", "losses", "guidance", "sampling")
-CORE += ("divergences", "likelihood", "lanes")
-ARROWS[""] = set(CORE)  # fmjax/__init__.py re-exports the core and nothing else
+CORE = {"couplings", "guidance", "losses", "paths", "solve", "sources", "times", "types"}
+ARROWS["fmjax"] = CORE  # fmjax/__init__.py hands the core's names on and nothing else
+EXPERIMENTS = {
+    "experiments": {"data", "files", "metrics", "models", "training"},
+    "experiments.benchmarks": {"experiments", "data", "models", "solve", "training"},
+}
 HEAVY = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "ott")
-
-FILES = {
-    ".".join(path.relative_to(ROOT / "fmjax").with_suffix("").parts)
-    .removesuffix("__init__")
-    .removesuffix("."): path
-    for path in sorted((ROOT / "fmjax").rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for top in ("fmjax", "experiments")
+    for path in sorted((ROOT / top).rglob("*.py"))
 }
 PUBLIC = sorted(
     name for name, value in vars(fm).items() if name[0] != "_" and not inspect.ismodule(value)
 )
 
 
-def imports(path: Path, package: str) -> set[str]:
-    """The absolute names of the modules that a file imports, at its top or inside a function."""
-    found = set()
+def imports(module: str) -> set[str]:
+    """The absolute names that a module imports, at its top or inside a function."""
+    path, found = MODULES[module], set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                parts = package.split(".")
+                up = parts[: len(parts) - node.level + 1]
                 base = ".".join([*up, base] if base else up)
             # `from package import name`: the name may be a module of its own.
             found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
@@ -105,44 +69,62 @@ def imports(path: Path, package: str) -> set[str]:
 
 
 def arrows(module: str) -> set[str]:
-    path = FILES[module]
-    dotted = ["fmjax", *module.split(".")] if module else ["fmjax"]
-    package = ".".join(dotted if path.name == "__init__.py" else dotted[:-1])
-    found = set()
-    for name in imports(path, package):
-        if name == "fmjax" or name.startswith("fmjax."):
-            found.add(name.removeprefix("fmjax").removeprefix("."))
-    # What is no module is a name in one; a package on the way to a module is no arrow itself.
-    modules = {name for name in found if name in FILES}
-    return {m for m in modules if not any(n.startswith(f"{m}.") or (not m and n) for n in modules)}
+    """The modules of this repository that a module imports."""
+    found = imports(module) & MODULES.keys()
+    # A package on the way to a module is no arrow itself.
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-def test_every_module_is_on_the_floor_plan():
-    assert set(FILES) <= set(ARROWS), "a module without a row in ARROWS"
+def room(module: str) -> str:
+    top, *rest = module.split(".")
+    if top == "experiments":
+        return "experiments.benchmarks" if rest[:1] == ["benchmarks"] else top
+    return rest[0] if rest else top
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_arrows_go_down_only(module):
-    assert arrows(module) <= ARROWS[module]
+def rooms(table: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The arrows that there are between the rooms of a table and any others."""
+    found = {name: set() for name in table}
+    for module in MODULES:
+        if room(module) in table:
+            found[room(module)] |= {room(other) for other in arrows(module)} - {room(module)}
+    return found
 
 
-def test_the_table_has_no_circle():
+@pytest.mark.parametrize("table", [ARROWS, EXPERIMENTS], ids=["fmjax", "experiments"])
+def test_the_arrows_are_those_of_the_table(table):
+    assert {room(module) for module in MODULES} == ARROWS.keys() | EXPERIMENTS.keys()
+    assert rooms(table) == table
+
+
+@pytest.mark.parametrize("graph", [ARROWS, {m: arrows(m) - {m} for m in MODULES}], ids=len)
+def test_there_is_no_circle(graph):
     done: set[str] = set()
-    while left := set(ARROWS) - done:
-        free = {module for module in left if ARROWS[module] <= done}
+    while left := graph.keys() - done:
+        free = {name for name in left if graph[name] <= done}
         assert free, f"a circle among {sorted(left)}"
         done |= free
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_nothing_imports_experiments_or_tests(module):
-    roots = {name.split(".")[0] for name in imports(FILES[module], "fmjax")}
-    assert not roots & {"experiments", "tests", "oracles"}
-    if module in (*CORE, "_solve", ""):
-        assert not roots & {*HEAVY, "PIL", "sklearn"}
+def test_no_file_is_its_neighbours_private_twin():
+    assert not [name for name in MODULES if re.search(r"\._(?!_main__)", name)]
 
 
-def test_import_is_light():
+def test_no_message_of_the_library_names_a_flag_or_a_command_of_the_experiments():
+    for module, path in MODULES.items():
+        if module.startswith("fmjax.") and module != "fmjax.data.prepare":  # a command of its own
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert "experiments" not in node.value, (module, node.value)
+                    flags = re.findall(r"--(?!file_format|data_dir)[a-z]\w+", node.value)
+                    assert not flags, (module, flags)
+
+
+def test_the_core_loads_nothing_heavy():
+    for module in MODULES:
+        if room(module) in CORE | {"fmjax"}:
+            roots = {name.split(".")[0] for name in imports(module)}
+            assert not roots & {*HEAVY, "PIL", "sklearn"}, module
     code = f"import sys, fmjax; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -152,8 +134,7 @@ def test_import_is_light():
 
 def test_every_public_name_is_from_the_core():
     assert len(PUBLIC) > 30
-    for name in PUBLIC:
-        assert getattr(fm, name).__module__ in {f"fmjax.{module}" for module in CORE}
+    assert {room(getattr(fm, name).__module__) for name in PUBLIC} <= CORE
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -170,19 +151,9 @@ def test_every_public_name_stands_in_the_readme():
     assert not missing
 
 
-@pytest.mark.parametrize("module", ("checkpoints", "digests", "files", "stored"))
-def test_docstring_examples_need_nothing_else(module):
-    done = doctest.testmod(importlib.import_module(f"fmjax.{module}"))
-    assert done.attempted and not done.failed
-
-
-@pytest.mark.parametrize("module", (*CORE, "assignment", "dequantization"))
+@pytest.mark.parametrize("module", [m for m in MODULES if ">>>" in MODULES[m].read_text()])
 def test_docstring_examples_run(module):
-    module = importlib.import_module(f"fmjax.{module}")
+    """By their module's own names alone, as `python -m doctest` runs them."""
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    runner = doctest.DocTestRunner(optionflags=flags)
-    for test in doctest.DocTestFinder().find(
-        module, extraglobs={"jax": jax, "jnp": jnp, "diffrax": diffrax}
-    ):
-        runner.run(test)
-    assert runner.summarize(verbose=False).failed == 0
+    done = doctest.testmod(importlib.import_module(module), optionflags=flags)
+    assert not done.failed
