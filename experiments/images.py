@@ -22,7 +22,12 @@ from experiments.errors import standard_error
 from experiments.run import Run
 from fmjax import data, models, training
 from fmjax.data import pixels
+from fmjax.models import cpu
+from fmjax.models import kernels as xla
 from fmjax.training import sharding
+
+KERNELS = {"xla": xla.KERNELS, "cpu": cpu.KERNELS}
+PAID_BACK = 200  # steps, and fewer in every run that experiments.benchmarks.kernels measures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,9 @@ class ImageConfig(RunConfig):
     """Of the network's computation in training. Parameters, statistics and loss stay float32."""
     remat: bool = False
     """Whether the backward pass computes a block's activations again instead of keeping them."""
+    kernels: Literal["auto", "xla", "cpu"] = "auto"
+    """Convolutions and attention by XLA's kernels or those made for one CPU device, which compile
+    longer; auto takes the latter from 200 steps on, which pay that back."""
     num_samples: int = 64
     """Images to draw at the end."""
     sample_tolerance: float = 1e-3
@@ -94,7 +102,10 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     check_num_examples(config, len(dataset.images))
     held_out = load(config, config.eval_split)
     model = models.UNet(**dataclasses.asdict(config.model))
-    trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
+    kernels = choose_kernels(config)
+    trained = model.clone(
+        dtype=jnp.dtype(config.precision), remat=config.remat, kernels=KERNELS[kernels]
+    )
     shape, levels = dataset.images.shape[1:], dataset.num_levels
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
     jax.eval_shape(init, jax.random.key(0))  # a size that can't work is refused here
@@ -103,6 +114,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     with Run(name, config) as run:
         state = step.init_state(config, init, key_params, tx)
         draw, loss_fn = make_draw(config, levels), make_loss(trained)
+        _say(f"Training with the {kernels} kernels (--kernels {config.kernels}).")
         steps = step.make_steps(config, draw, loss_fn, tx, state)
         state, rate = loop.train(run, state, steps, key_train, dataset.images)
         summary = {
@@ -116,6 +128,15 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
         }
         run.finish(summary)
     return summary
+
+
+def choose_kernels(config: ImageConfig) -> Literal["xla", "cpu"]:
+    """The kernels to train with, as the flag says or as the break-even was measured."""
+    if config.kernels != "auto":
+        return config.kernels
+    devices = mesh(config).devices
+    one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+    return "cpu" if one_cpu and config.num_steps >= PAID_BACK else "xla"
 
 
 def load(config: ImageConfig, split: str) -> data.ImageDataset:

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import cifar10, digits, loop, mnist, plots, step, two_moons
+from experiments import cifar10, digits, images, loop, mnist, plots, step, two_moons
 from experiments.config import flags
-from experiments.images import UNetConfig, load
+from experiments.images import UNetConfig, choose_kernels, load
 from experiments.run import Run
 from fmjax import data, models
 from fmjax.training import checkpoints
@@ -103,6 +103,37 @@ def test_the_cifar10_default_is_the_published_network():
 
     assert count(built) == count(named) == 35_746_307
     assert (built.dropout, built.head_channels) == (named.dropout, named.head_channels)
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "num_steps", "kernels"),
+    [
+        ("auto", 1, 200, "cpu"),
+        ("auto", 1, 199, "xla"),  # the longer compilation would not be paid back
+        ("auto", None, 10**6, "xla"),  # over several devices a batch is cut, and so would they be
+        ("xla", 1, 10**6, "xla"),
+        ("cpu", None, 1, "cpu"),
+    ],
+)
+def test_the_kernels_made_for_one_cpu_device_are_taken_where_they_pay(
+    asked, devices, num_steps, kernels
+):
+    config = digits.Config(kernels=asked, num_devices=devices, num_steps=num_steps)
+    assert choose_kernels(config) == kernels
+
+
+def test_the_first_line_says_the_kernels_and_training_calls_them(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def conv(*args, **kwargs):
+        called.append("conv")
+        return jax.lax.conv_general_dilated(*args, **kwargs)
+
+    monkeypatch.setitem(images.KERNELS, "cpu", images.KERNELS["xla"]._replace(conv=conv))
+    flags = SMALL | dict(num_steps=1, num_devices=1)
+    digits.main(digits.Config(workdir=tmp_path / "run", kernels="cpu", **flags))
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "Training with the cpu kernels (--kernels cpu)." and called
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):

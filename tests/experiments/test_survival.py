@@ -178,8 +178,8 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     """A disk of 3 MiB, which fills up among the checkpoints; with more room the run goes on."""
     folder = tmp_path / "disk" / "run"
     folder.parent.mkdir()
-    flags = ("--num-steps", "400", "--checkpoint-every", "10", "--model.features", "256", "256")
-    run = shlex.join(command(folder, *flags))
+    run = shlex.join(command(folder, "--num-steps", "400", "--checkpoint-every", "10"))
+    run = run.replace("--model.features 16", "--model.features 256 256")
     disk = shlex.quote(str(folder.parent))
     done = in_a_namespace(
         f"mount -t tmpfs -o size=3m none {disk} && ({run}; echo code $?; "
