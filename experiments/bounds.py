@@ -56,7 +56,7 @@ def check_seeds(
     """
     got = " ".join(map(str, seeds)) or "none"
     if not all(0 <= seed < num_seeds for seed in seeds):
-        raise ValueError(f"{flag(name)} must lie in 0..{num_seeds - 1}; got {got}.")
+        raise ValueError(f"{flag(name)} must be in 0..{num_seeds - 1}; got {got}.")
     if len(set(seeds)) < max(least, len(seeds)):
         raise ValueError(f"{flag(name)} must be different numbers, at least {least}; got {got}.")
 

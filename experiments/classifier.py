@@ -1,4 +1,4 @@
-"""The network of `experiments.encoder`, its files, and the road from them to an `Encoder`.
+"""The network of `experiments.encoder`, its files, and how they become an `Encoder`.
 
 Pixels enter as x = 2 (v + 1/2) / num_levels - 1. Convolutions, each with GroupNorm and SiLU, are
 averaged over the image; a dense layer and SiLU make the features, a last dense layer the logits.
@@ -6,7 +6,7 @@ No layer mixes the images of a batch, and the activations are smooth.
 
 A folder holds encoder.safetensors, the parameters under their names in the Flax tree, joined by
 "/", and encoder.json, their record with the weights' SHA-256. The record is written last: with it
-the encoder is whole.
+the encoder is complete.
 """
 
 import json
@@ -108,7 +108,7 @@ def to_bytes(params: Any) -> bytes:
 
 
 def write(folder: pathlib.Path, weights: bytes, record: dict[str, Any]) -> None:
-    """Writes both files, each whole or not at all, the record last."""
+    """Writes both files by atomic writes, the record last."""
     with writing(folder, lambda: "the encoder is trained again"):
         write_whole(folder / "encoder.safetensors", lambda file: file.write(weights))
         write_json(folder / "encoder.json", record)

@@ -86,7 +86,7 @@ def _reach(config: ClusterConfig) -> None:
         raise ValueError(f"--cluster.coordinator must be HOST:PORT; got {config.coordinator!r}.")
     if not 0 <= number < num:
         raise ValueError(
-            f"--cluster.process-id must lie in 0..{num - 1}, below --cluster.num-processes; got "
+            f"--cluster.process-id must be in 0..{num - 1}, below --cluster.num-processes; got "
             f"{number}."
         )
     if number > 0:
@@ -137,7 +137,7 @@ def main_first(act: Callable[[], T]) -> T | None:
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
         if failed and error is None:
-            raise ProcessZeroError("Process 0 can't go on; its message says why.")
+            raise ProcessZeroError("Process 0 can't continue; its message says why.")
     if error is not None:
         raise error
     return result
@@ -155,7 +155,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator["Preemption"]:
-        """Takes the two signals for as long as the context lasts. A second SIGINT stops at once."""
+        """Takes the two signals for as long as the context lasts. A second SIGINT stops now."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
         def notice(number: int, frame: object) -> None:
@@ -192,7 +192,7 @@ class Preemption:
         assert self.signal is not None, "nothing has been reached"
         if is_main():
             print(f"\n{self.signal.name} came: {folder} is saved at step {step}. Start it again "
-                  "with the same flags, and it goes on from there.", flush=True)  # fmt: skip
+                  "with the same flags, and it resumes there.", flush=True)  # fmt: skip
         return SystemExit(128 + self.signal)
 
 

@@ -73,7 +73,9 @@ def _exit_code(act: Callable[[], Any], show: bool) -> int:
     except KeyboardInterrupt:
         if show:
             traceback.print_exc()
-        print("\nInterrupted. What is written is whole: start the command again.", file=sys.stderr)
+        print(
+            "\nInterrupted. What is written is complete: start the command again.", file=sys.stderr
+        )
         return 130
     except Exception as error:
         message = in_words(error)

@@ -12,7 +12,7 @@ from experiments.bounds import check_numbers, check_seeds
 from experiments.cluster import ClusterConfig, join
 from fmjax.training import sharding
 
-# Flags that may change when a run goes on: they leave what has been trained as it is, to rounding.
+# Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every"})
 FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "cluster"}
 FREE |= {"data_dir", "num_samples", "sample_tolerance"}
@@ -27,7 +27,7 @@ class RunConfig:
     """The flags that all experiments share."""
 
     workdir: pathlib.Path
-    """Run folder. Started again in the same folder, a run goes on from its last checkpoint."""
+    """Run folder. Started again in the same folder, a run resumes from its last checkpoint."""
     seed: int = 0
     """Seed of everything random: parameters, order of the data, noise, times, samples."""
     num_steps: int = 1000
@@ -59,7 +59,7 @@ class RunConfig:
     parallel: Literal["jit", "pmap"] = "jit"
     """How a step is spread over the devices: jax.jit over a mesh, or jax.pmap."""
     steps_per_dispatch: int = 1
-    """Training steps that the device takes at a time, without the host."""
+    """Training steps per dispatch, without the host in between."""
     max_skipped_steps: int = 0
     """Steps with a loss or gradient that is not finite to leave out before the run stops."""
     cluster: ClusterConfig = ClusterConfig()
@@ -87,7 +87,7 @@ def check_flags(config: RunConfig) -> None:
     )
     check_seeds("seed", [config.seed])
     if config.ema_decay > 1:
-        raise ValueError(f"--ema-decay must lie in [0, 1]; got {config.ema_decay}.")
+        raise ValueError(f"--ema-decay must be in [0, 1]; got {config.ema_decay}.")
     if config.checkpoint_every % config.steps_per_dispatch:
         raise ValueError(
             f"--checkpoint-every must be a multiple of --steps-per-dispatch; got "
@@ -99,7 +99,7 @@ def check_devices(config: RunConfig) -> None:
     """Refuses flags that can't work on the devices that there are."""
     if config.parallel == "pmap" and (config.fsdp > 1 or jax.process_count() > 1):
         raise ValueError(
-            f"--parallel pmap keeps the state whole, in one process; got --fsdp {config.fsdp} and "
+            f"--parallel pmap replicates the state, in one process; got --fsdp {config.fsdp} and "
             f"{jax.process_count()} process(es). Take --parallel jit."
         )
     sharding.check_batch_size(config.batch_size, mesh(config).size)

@@ -32,7 +32,7 @@ class Likelihood(NamedTuple):
 
     Attributes:
       dequantizer: from `fmjax.data.dequantization`.
-      divergence: `key -> Divergence`; with several estimates side by side their spread is reported.
+      divergence: `key -> Divergence`; with a leading axis of estimates their spread is reported.
       num_draws: K, of the importance-weighted bound.
       tolerance: relative and absolute, of Tsit5.
       batch_size: images per solve.

@@ -102,7 +102,7 @@ def draw(
       name: of these samples, unique in the store.
       key: of the noise; batch i draws from fold_in(key, i).
       shape: of a batch, `[batch, *event]`.
-      num: how many; the last batch is drawn whole and cut.
+      num: how many; the last batch is drawn in full and cut.
       finish: what is done to a batch before it is stored, quantising for instance.
 
     Returns:

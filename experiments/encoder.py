@@ -46,7 +46,7 @@ class Config:
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
     """Labelled images: scikit-learn's "digits", or the TFDS name of a data set."""
     data_dir: pathlib.Path | None = None
-    """Where TFDS data sets lie; else TFDS_DATA_DIR, else TFDS's own default."""
+    """Where TFDS data sets are; else TFDS_DATA_DIR, else TFDS's own default."""
     workdir: pathlib.Path | None = None
     """The encoder's folder; else runs/encoder_DATASET."""
     seed: int = 0
@@ -112,7 +112,7 @@ def check(config: Config) -> None:
     check_numbers(config, may_be_zero={"seed", "ema_decay"})
     check_seeds("seed", [config.seed])
     if config.ema_decay > 1:
-        raise ValueError(f"--ema-decay must lie in [0, 1]; got {config.ema_decay}.")
+        raise ValueError(f"--ema-decay must be in [0, 1]; got {config.ema_decay}.")
 
 
 def flags(config: Config) -> dict[str, Any]:
@@ -181,13 +181,13 @@ def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"The loss of step {step} is {loss}; nothing is written. A lower --learning-rate is "
-            "the usual mend."
+            "the usual fix."
         )
     return loss
 
 
 def _already_there(folder: pathlib.Path, config: Config) -> dict[str, Any]:
-    """The record of a folder's encoder, if it is whole and was made with the same flags."""
+    """The record of a folder's encoder, if it is complete and was made with the same flags."""
     load_encoder(folder)
     record = classifier.read_record(folder)
     if record["config"] != flags(config):

@@ -1,4 +1,4 @@
-"""The error that stands beside a mean, where there is one."""
+"""The standard error of a mean, where there is one."""
 
 import numpy as np
 

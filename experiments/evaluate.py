@@ -3,8 +3,8 @@
     python -m experiments.evaluate runs/digits
 
 Writes evaluation.json, evaluation.md and pictures into RUN_FOLDER/evaluation. Started again, it
-goes on where it was: batches of samples and log-densities that are on disk are not computed again.
-The protocol, which figures are comparable and what each error means stand in the README.
+resumes where it was: batches of samples and log-densities that are on disk are not computed again.
+The protocol, which figures are comparable and what each error means are in experiments/README.md.
 """
 
 import pathlib

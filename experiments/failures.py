@@ -17,7 +17,7 @@ class NotFinite:
 
     Args:
       run: the open run folder.
-      state: the state that the run goes on from, whose optimiser has counted those before.
+      state: the state that the run resumes from, whose optimiser has counted those before.
     """
 
     def __init__(self, run: Run, state: training.TrainState):
@@ -58,7 +58,7 @@ class NotFinite:
         good = "there is no checkpoint" if saved is None else f"the last good one is step {saved}"
         raise FloatingPointError(
             f"{what} The run stops; of the checkpoints in {self._run.folder} {good}. A lower "
-            "--learning-rate is the usual mend; --max-skipped-steps, in another folder, leaves "
+            "--learning-rate is the usual fix; --max-skipped-steps, in another folder, leaves "
             "such steps out."
         )
 

@@ -65,7 +65,7 @@ class ImageConfig(RunConfig):
     dataset: str = "digits"
     """scikit-learn's "digits", or the TFDS name of an image data set."""
     data_dir: pathlib.Path | None = None
-    """Where TFDS data sets lie; else TFDS_DATA_DIR, else TFDS's own default."""
+    """Where TFDS data sets are; else TFDS_DATA_DIR, else TFDS's own default."""
     train_split: str = "train"
     """Images to train on, in TFDS's notation: train, train[:5000], ..."""
     eval_split: str = "test"
@@ -210,7 +210,9 @@ def save_samples(
 
     _say(f"Drawing {config.num_samples} samples ...")
     x0 = np.asarray(jax.random.normal(key, (config.num_samples, *shape)))
-    x1, num_evaluations = sharding.whole(solve(state.ema_params, sharding.spread(x0, mesh(config))))
+    x1, num_evaluations = sharding.gathered(
+        solve(state.ema_params, sharding.spread(x0, mesh(config)))
+    )
     grid = run.folder / "samples" / f"step_{int(state.step):08d}.png"
     if cluster.is_main():
         plots.save_loss_curve(run.metrics(), run.folder / "loss.png")
@@ -256,7 +258,7 @@ def measure_bits_per_dim(
     for start in range(0, len(images), size):
         rows = np.arange(start, start + size) % len(images)  # a short last batch is filled up
         batch = sharding.spread(images[rows], mesh(config))
-        values.append(sharding.whole(bits(params, jax.random.fold_in(key, start), batch)))
+        values.append(sharding.gathered(bits(params, jax.random.fold_in(key, start), batch)))
     values = np.concatenate(values)[: len(images)]
     return {
         "bits_per_dim": float(values.mean()),

@@ -24,7 +24,7 @@ from fmjax.training import sharding
 
 
 class Dispatch(NamedTuple):
-    """Steps that the device takes at a time.
+    """Steps of one dispatch.
 
     Attributes:
       first: the first step, counted from 1.

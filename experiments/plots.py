@@ -25,7 +25,7 @@ SOLVER_COLOURS = {
 def save_grid(
     images: np.ndarray, path: pathlib.Path, *, num_levels: int = 256, columns: int | None = None
 ) -> None:
-    """A PNG of images side by side, small ones enlarged by a whole factor.
+    """A PNG of a grid of images, small ones enlarged by a whole factor.
 
     Args:
       images: integers in 0..num_levels-1, `[num, height, width, channel]`, 1 or 3 channels.

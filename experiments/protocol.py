@@ -1,4 +1,4 @@
-"""The flags of an evaluation, what they may be, and what of them stands beside the figures."""
+"""The flags of an evaluation, what they may be, and what of them is recorded with the figures."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""The small files of a run folder: written whole or not at all, by one process at a time."""
+"""The small files of a run folder: atomic writes, by one process at a time."""
 
 import contextlib
 import errno
@@ -145,7 +145,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: a kill in between leaves the old one."""
+    """An atomic write: a kill in between leaves the old file."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 

@@ -4,7 +4,8 @@ A reference is two files, DATASET_KEY.npz with the arrays and DATASET_KEY.json w
 The key is a hash of all that the features depend on: the data set, the split, the images' bytes,
 the encoder's name (which says the protocol) and its weights. Another encoder or other images give
 another file. The record is written last and holds the SHA-256 of the arrays' file: a reference
-without a record is not whole and is computed again; one that disagrees with its record is an error.
+without a record is incomplete and is computed again; one that disagrees with its record is an
+error.
 """
 
 import json
@@ -86,10 +87,10 @@ def load_or_compute(
 
 
 def load(path: pathlib.Path, encoder: Encoder) -> Reference:
-    """Reads a stored reference and makes sure that it is whole and of this encoder.
+    """Reads a stored reference and makes sure that it is complete and of this encoder.
 
     Args:
-      path: the .npz file; its record lies beside it.
+      path: the .npz file; its record is next to it.
       encoder: the encoder that it is to be compared under.
 
     Returns:

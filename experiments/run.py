@@ -1,4 +1,4 @@
-"""A run folder: what a run leaves there, and how it goes on from it.
+"""A run folder: what a run leaves there, and how it resumes from it.
 
 A run folder holds
 
@@ -14,7 +14,7 @@ A run folder holds
     lock             held by the process that runs here
     not_finite_*.npz batches whose loss or gradient was not finite
 
-A run that is started again in its folder goes on from the last checkpoint. In a pod all processes
+A run that is started again in its folder resumes from the last checkpoint. In a pod all processes
 share the folder; process 0 writes all but the checkpoints.
 """
 
@@ -135,7 +135,7 @@ class Run:
             for bad, reason in damaged:
                 print(
                     f"The checkpoint of step {bad} in {self.folder} is damaged and was put aside: "
-                    f"{reason}. The run goes on from step {step}.",
+                    f"{reason}. The run resumes from step {step}.",
                     file=sys.stderr,
                 )
         cluster.main_first(lambda: self._go_on(step))
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def saved_step(self) -> int | None:
-        """The step of the last whole checkpoint; one that is being written is waited for."""
+        """The step of the last complete checkpoint; one that is being written is waited for."""
         self._manager.wait_until_finished()
         return checkpoints.latest_step(self._manager)
 

@@ -1,8 +1,8 @@
 """The training step that the experiments share, as the flags say; nothing about any data set.
 
-What is random in a step, the noise, the pairing and the times, is drawn for the whole global batch
+What is random in a step, the noise, the pairing and the times, is drawn for the global batch
 by `draw`, before the step is spread over the devices; `loss_fn` sees only its result. So the jit
-and the pmap road train on the same numbers, whatever the number of devices.
+and pmap train on the same numbers, whatever the number of devices.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.Pat
     key_x0, key_pair, key_t = jax.random.split(key, 3)
     x0 = jax.random.normal(key_x0, x1.shape)
     if config.coupling != "independent":
-        # Whole on every device: the assignment is a loop, which would talk between them every turn.
+        # Replicated: the assignment is a loop, which would talk between them every turn.
         x0, x1 = jax.lax.with_sharding_constraint((x0, x1), sharding.replicated(mesh(config)))
     x0 = COUPLINGS[config.coupling](key_pair, x0, x1)
     t = T_MAX.get(config.path, 1.0) * TIMES[config.times](key_t, x1.shape[:1])
@@ -64,13 +64,13 @@ def init_state(
     key: jax.Array,
     tx: optax.GradientTransformation,
 ) -> training.TrainState:
-    """The first state, made in place on every device: whole, or split over `fsdp` of them."""
+    """The first state, made on every device: replicated, or split over `fsdp` of them."""
 
     def init(key: jax.Array) -> training.TrainState:
         return training.init_train_state(init_params(key), tx)
 
-    places = sharding.state_sharding(jax.eval_shape(init, key), mesh(config))
-    return jax.jit(init, out_shardings=places)(key)
+    shardings = sharding.state_sharding(jax.eval_shape(init, key), mesh(config))
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def make_steps(
@@ -83,11 +83,11 @@ def make_steps(
     """The compiled steps `(state, key, x1) -> (state, metrics)` on all devices.
 
     Args:
-      config: the run's flags; `parallel` chooses the road.
+      config: the run's flags; `parallel` chooses jit or pmap.
       draw: `(key, x1) -> drawn`, all that is random, `[batch, ...]`.
       loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
       tx: an Optax transformation.
-      state: from `init_state`; only its places are read.
+      state: from `init_state`; only its shardings are read.
 
     Returns:
       Steps that take `x1` of this process, `[num_steps, local_batch, *event]`, NumPy; each of the
@@ -101,9 +101,9 @@ def make_steps(
         key_draw, key_loss = jax.random.split(key)
         return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), x1))
 
-    devices, places = mesh(config), jax.tree.map(lambda x: x.sharding, state)
+    devices, shardings = mesh(config), jax.tree.map(lambda x: x.sharding, state)
     jitted = sharding.jit_train_step(
-        training.many_steps(whole_step), devices, state=places, batch_axis=1
+        training.many_steps(whole_step), devices, state=shardings, batch_axis=1
     )
     return lambda state, key, x1: jitted(state, key, sharding.shard_batch(x1, devices, axis=1))
 

@@ -1,7 +1,7 @@
-"""Batches of numbers that are computed once: an interrupted evaluation goes on where it was.
+"""Batches of numbers that are computed once: an interrupted evaluation resumes where it was.
 
 A store is a folder named after its settings, so that numbers made under other settings are never
-taken for these. Each batch is one file, written whole or not at all; a batch whose file is there is
+taken for these. Each batch is one file, by an atomic write; a batch whose file is there is
 read, not computed. Every computation leaves a line in `computed.jsonl` beside the stores; a kill
 between the two loses the line, never the batch.
 """
@@ -76,6 +76,6 @@ def _read(path: pathlib.Path) -> Arrays:
             return {key: file[key] for key in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"A stored batch must be a whole .npz file; got {path}, which can't be read ({error}). "
-            "Delete it, and it is computed again."
+            f"A stored batch must be a complete .npz file; got {path}, which can't be read "
+            f"({error}). Delete it, and it is computed again."
         ) from None

@@ -13,7 +13,7 @@ With theta ~ U[0, pi], a fair coin b, u ~ U[-3 pi/2, 3 pi/2] and e ~ N(0, I) thr
 
 Source: the runner of atong01/conditional-flow-matching, runner/src/datamodules/
 distribution_datamodule.py (gaussian to ring, moons, S-curve) and components/two_dim.py (wide moons
-to wide ring, its "moon-8gaussians"). It takes scikit-learn's moons, whose angles lie on a grid, and
+to wide ring, its "moon-8gaussians"). It takes scikit-learn's moons, whose angles are on a grid, and
 scales the wide moons by the sample's deviation; here points are independent and constants exact.
 """
 

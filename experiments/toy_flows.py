@@ -1,4 +1,4 @@
-"""The networks of `experiments.toy_table`: training all seeds of a cell at once, and solving.
+"""The networks of `experiments.toy_table`: training all seeds of a cell in parallel, and solving.
 
 The path energy E int_0^1 |v(t, x_t)|^2 dt rides along in the solve, as a third coordinate e with
 de/dt = |v(t, x)|^2 and e(0) = 0: it is integrated by the very steps that move x.
@@ -65,7 +65,7 @@ def train(
     method: str,
     sigma: float,
 ) -> tuple[Any, np.ndarray]:
-    """Trains one network per seed, side by side in one program.
+    """Trains one network per seed, all in one program along a leading axis.
 
     Returns:
       The last parameters, stacked over seeds, and the losses `[num_steps, seeds]`.
@@ -74,7 +74,7 @@ def train(
     states, losses = jax.jit(jax.vmap(init))(keys[:, 0]), []
     method = "FM" if method == "FM" else "I-CFM"  # OT-CFM differs in its chunks: one program less
     for chunk in chunks:
-        # It returns at once, and the next chunk is paired while this one trains.
+        # It returns before it is done, and the next chunk is paired while this one trains.
         states, chunk_losses = run_chunk(states, keys[:, 1], chunk, method=method, sigma=sigma)
         losses.append(chunk_losses)
     return states.params, np.concatenate([np.asarray(chunk) for chunk in losses])

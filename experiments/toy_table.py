@@ -33,10 +33,10 @@ last parameters rather than the best checkpoint, batches drawn with replacement,
 `toy_data.squared_distance`, used for torchcfm's NPE too. fmjax's MLP takes sines and cosines of t
 where torchcfm's takes t, and Flax's initialisation where torchcfm's takes torch's.
 
-The paper's own table could not be opened, so no published figures stand beside these.
+The paper's own table could not be opened, so there are no published figures next to these.
 
-All seeds of a cell train side by side, one `lax.scan` of many steps per dispatch, while the next
-batches are paired in threads. A finished cell has a file of its own: started again, the command
+All seeds of a cell train along a leading axis, one `lax.scan` of many steps per dispatch, while
+the next batches are paired in threads. A finished cell has a file of its own: started again, the command
 does the cells that are missing.
 """
 

@@ -98,7 +98,7 @@ def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = 
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
             f"A run folder must hold a checkpoint; got none in {folder}. Start its experiment "
-            "again: it goes on to the end."
+            "again: it resumes and trains to the end."
         )
     with checkpoints.open_manager(folder / "checkpoints") as manager:
         example = jax.eval_shape(init, jax.random.key(0))

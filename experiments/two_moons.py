@@ -117,7 +117,7 @@ def evaluate(
 
     def spread(f: Any, x: Any) -> Any:
         # The parameters are an argument: other processes' parts of them can't be closed over.
-        return sharding.whole(f(state.ema_params, sharding.spread(np.asarray(x), mesh(config))))
+        return sharding.gathered(f(state.ema_params, sharding.spread(np.asarray(x), mesh(config))))
 
     trajectory = spread(flow, jax.random.normal(key, (config.num_samples, 2)))
     extent, side = 3.0, 120

@@ -71,14 +71,14 @@ def edm_skewed(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-4) -> Tim
       A time sampler `(key, shape) -> t`.
 
     Raises:
-      ValueError: if `mean` or `std` is no finite number, `std` is not positive, or `t_min` lies
+      ValueError: if `mean` or `std` is no finite number, `std` is not positive, or `t_min` is
         outside [0, 1).
 
     Source: Karras et al. 2022, arXiv 2206.00364, table 1.
     """
     _check_finite("mean", mean)
     if not 0 <= t_min < 1:
-        raise ValueError(f"t_min must lie in [0, 1); got {t_min}. The usual value is 1e-4.")
+        raise ValueError(f"t_min must be in [0, 1); got {t_min}. The usual value is 1e-4.")
     times = logit_normal(-mean, std)
     return lambda key, shape: jnp.clip(times(key, shape), t_min, 1.0)
 

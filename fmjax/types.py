@@ -59,7 +59,7 @@ class Divergence(Protocol):
     """`divergence(velocity, t, x) -> (u, div)`: the velocity and its divergence in one call.
 
     `u` is `[batch, *event]`; `div` is `[batch]`, exact or an unbiased estimate, or
-    `[num_estimates, batch]`, several estimates side by side.
+    `[num_estimates, batch]`, a leading axis of estimates.
     """
 
     def __call__(
@@ -140,7 +140,7 @@ def refuse_explicit_mesh(what: str, x: jax.Array) -> None:
     """Refuses an array on a mesh with Explicit axes, under which Diffrax's solves can't run."""
     if getattr(jax.typeof(x).sharding.mesh, "explicit_axes", ()):
         raise ValueError(
-            f"{what} must lie on a mesh with Auto axes; got {jax.typeof(x)}, whose mesh has "
+            f"{what} must be on a mesh with Auto axes; got {jax.typeof(x)}, whose mesh has "
             "Explicit axes, the default of jax.make_mesh. Make the mesh with "
             "fmjax.training.sharding.make_mesh(), or with "
             "axis_types=(jax.sharding.AxisType.Auto,) * num_axes."

@@ -305,7 +305,7 @@ def test_what_is_no_array_of_floats_is_refused(name):
 def test_a_mesh_with_explicit_axes_is_named(name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(np.ones((4, 2), np.float32), NamedSharding(mesh, PartitionSpec("data")))
-    with pytest.raises(ValueError, match="must lie on a mesh with Auto axes; got .*Explicit"):
+    with pytest.raises(ValueError, match="must be on a mesh with Auto axes; got .*Explicit"):
         ARRAYS[name](x)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="with Auto axes.*axis_types="):
         jax.jit(ARRAYS[name])(x)

@@ -84,5 +84,5 @@ def test_errors():
             with pytest.raises(ValueError, match="must be a finite number"):
                 make(**how)
     for t_min in (-0.1, 1.0, np.nan):
-        with pytest.raises(ValueError, match="t_min must lie in"):
+        with pytest.raises(ValueError, match="t_min must be in"):
             fm.edm_skewed(t_min=t_min)

@@ -8,7 +8,7 @@
   for a training step (Kaplan et al. 2020, arXiv 2001.08361, appendix). What `--remat` computes
   twice counts once.
 - A training step is the experiments' own: uint8 images from the host, flip, dequantisation, noise,
-  times, dropout, gradient, clipping, Adam, moving average, `--steps-per-dispatch` at a time.
+  times, dropout, gradient, clipping, Adam, moving average, `--steps-per-dispatch` per dispatch.
 - Sampling is a solve by equal Euler steps; images/s are network evaluations per second, times the
   batch.
 - Attention is timed alone, XLA's against cuDNN's, at the shapes of the first network.

@@ -9,7 +9,7 @@ far out. A 2-D MLP and a small U-Net on 8x8x1 images, both with random parameter
 
     shared step   `fm.integrate`: one step for all, the error measured over the whole batch
     vmap          `jax.vmap` of `fm.integrate` at batch 1: own steps, in lock-step
-    lanes         `fmjax.lanes.integrate_each`: own steps, an eighth of the batch at a time
+    lanes         `fmjax.solve.integrate_each`: own steps, an eighth of the batch in parallel
 
 "needed" is the sum over the examples of what each one, solved by itself, evaluates; "made" is what
 the batch evaluated, idle examples included; waste = 1 - needed / made. Seconds are medians of

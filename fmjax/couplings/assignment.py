@@ -130,7 +130,7 @@ def call_on_host(function: Callable[..., np.ndarray], *operands: jax.Array) -> j
     """`function`'s row of each column, `[n]`, of arrays of which the first is `[n, ...]`.
 
     `function` gets and returns NumPy arrays, and may use NumPy and SciPy alone: several host
-    devices may wait for it at once, with no thread of JAX's runtime left.
+    devices may wait for it in parallel, with no thread of JAX's runtime left.
     """
 
     def callback(_: Any, rows: Any, *operands: Any) -> None:

@@ -60,7 +60,7 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
 
     The permutation pi minimises sum_i |x0[pi(i)] - x1[i]|^2. It runs inside `jax.jit`, by
     `fmjax.couplings.assignment`. On a CPU it is exact for the numbers given, in float64 on the host
-    whatever their dtype, however far apart or from the origin the points lie. Elsewhere costs and
+    whatever their dtype, however far apart or from the origin the points are. Elsewhere costs and
     assignment are computed on the device in JAX's default dtype, in a sequential loop (measure that
     at large batches): in float32, pairings whose costs differ by less than about 1e-5 of the
     largest cost count as equal; `jax_enable_x64` makes that float64.
@@ -69,7 +69,7 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     are far below the events' squared norms, clusters far apart for instance, they are all measured:
     1 to 2 seconds for 10^9 differences.
 
-    On a mesh put both arrays whole on every device first, by `jax.lax.with_sharding_constraint` and
+    On a mesh replicate both arrays first, by `jax.lax.with_sharding_constraint` and
     `fmjax.training.sharding.replicated(mesh)`: split, they communicate at every turn of a loop.
 
     x0 and x1 are no longer independent then: a velocity trained on such pairs gives samples and
@@ -139,7 +139,7 @@ def _rows(
 
     Args:
       bounds: lower bounds of the distances, `[n, n]`, float32.
-      error: the largest of what they lie below the distances.
+      error: the largest of what they are below the distances.
       f, g: potentials near the optimum's, `[n]`, float32.
       x0, x1: `[n, D]`.
     """

@@ -1,4 +1,4 @@
-"""The original archives of CIFAR-10, MNIST and Fashion-MNIST: where, whether whole, and read.
+"""The original archives of CIFAR-10, MNIST and Fashion-MNIST: where, whether complete, and read.
 
 They are published at the addresses that TFDS itself uses. Every archive has a published SHA-256,
 which `verify` demands. The binary layouts are read with NumPy; nothing is unpacked to disk and no
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def download(archive: Archive, folder: Path, timeout: float = 5.0) -> None:
-    """Downloads an archive into `folder`, where it appears whole and verified or not at all.
+    """Downloads an archive into `folder`, verified, by an atomic write.
 
     Args:
       archive: what to download.
@@ -109,7 +109,7 @@ def _read_tar(path: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
                 if member.name in wanted and (content := tar.extractfile(member)) is not None:
                     members[wanted[member.name]] = np.frombuffer(content.read(), np.uint8)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} must be a whole .tar.gz; got {error!r}. {_AGAIN}") from error
+        raise ValueError(f"{path} must be a complete .tar.gz; got {error!r}. {_AGAIN}") from error
     for file in files:
         got = "no such member" if file not in members else f"{members[file].size} bytes"
         if file not in members or members[file].size == 0 or members[file].size % 3073:
@@ -140,7 +140,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
         with gzip.open(path) as file:
             content = file.read()
     except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} must be a whole .gz; got {error!r}. {_AGAIN}") from error
+        raise ValueError(f"{path} must be a complete .gz; got {error!r}. {_AGAIN}") from error
     start = 4 * (ndim + 1)
     magic, *shape = [int.from_bytes(content[i : i + 4], "big") for i in range(0, start, 4)]
     if magic != 0x800 + ndim or len(content) != start + math.prod(shape):

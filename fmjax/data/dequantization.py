@@ -1,6 +1,6 @@
 """Bounds on the probability of discrete images, from a density of continuous ones.
 
-An image of levels v in {0, ..., L - 1} is the box of all x whose pixels lie in the bins of these
+An image of levels v in {0, ..., L - 1} is the box of all x whose pixels are in the bins of these
 levels (`fmjax.data.pixels`: L of them fill [low, high), by default [-1, 1)), and a density p of x
 gives it the probability P(v) = int_box p(x) dx. With x drawn from a density q(x | v) on that box, a
 dequantiser, and K independent draws,

@@ -1,6 +1,6 @@
 """Labelled images in memory.
 
-A data set lies in the host's memory as uint8; `fmjax.data.pixels` makes real numbers of its values.
+A data set is in the host's memory as uint8; `fmjax.data.pixels` makes real numbers of its values.
 """
 
 from typing import NamedTuple

@@ -96,7 +96,7 @@ def dequantize(
 def quantize(
     x: jax.Array, num_levels: int = 256, *, low: float = -1.0, high: float = 1.0
 ) -> jax.Array:
-    """The inverse of `dequantize`: the value in whose bin x lies, whose middle is the nearest.
+    """The inverse of `dequantize`: the value of the bin that holds x, whose middle is the nearest.
 
     Args:
       x: floats, `[batch, height, width, channel]`; beyond [low, high) they are clipped.

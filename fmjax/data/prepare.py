@@ -38,7 +38,7 @@ def data_root(data_dir: str | os.PathLike | None) -> Path:
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
-    """Whether the stock version of the data set `name` lies prepared in `data_dir`."""
+    """Whether the stock version of the data set `name` is prepared in `data_dir`."""
     return (_folder(name, data_dir) / "dataset_info.json").is_file()
 
 
@@ -51,7 +51,7 @@ def prepare(
 ) -> Path:
     """Prepares a data set from its original archives; a prepared copy is left as it is.
 
-    The copy appears whole or not at all: it is written beside its place and then renamed.
+    An atomic write: the copy is written under another name and then renamed.
 
     Args:
       name: "cifar10", "mnist" or "fashion_mnist".
@@ -125,7 +125,7 @@ def missing(name: str, data_dir: str | os.PathLike | None, reason: str) -> str:
     root, archives = data_root(data_dir), SOURCES[name].archives
     wanted = "".join(f"\n  {a.file_name}  ({a.url})" for a in archives)
     return (
-        f"{name} must be prepared or its archives be at hand. No prepared copy lies in "
+        f"{name} must be prepared or its archives be at hand. No prepared copy is in "
         f"{_folder(name, data_dir)}, and of its archives at least one is missing: {reason}. "
         f"Put into a folder DIR{wanted}\nand run\n"
         f"  python -m fmjax.data.prepare {name} --archives DIR --data-dir {root}\n"
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.name, archives=args.archives, data_dir=args.data_dir, check=not args.no_check
         )
     except KeyboardInterrupt:
-        parser.exit(130, "\nInterrupted. What is written is whole: start the command again.\n")
+        parser.exit(130, "\nInterrupted. What is written is complete: start the command again.\n")
     except (ValueError, OSError) as error:
         if args.traceback:
             traceback.print_exc()

@@ -12,7 +12,7 @@ import numpy as np
 from . import splits
 from .images import ImageDataset
 
-_CHUNK = 4096  # encoded examples held at once while reading
+_CHUNK = 4096  # encoded examples held in memory while reading
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
@@ -21,7 +21,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Im
 
     cifar10, mnist and fashion_mnist are prepared on the way if need be (`fmjax.data.prepare`): from
     a download, where there is a network. Any other data set with fixed-size 8-bit images under
-    "image" and classes under "label" is read if it lies prepared in ArrayRecord format.
+    "image" and classes under "label" is read if it is prepared in ArrayRecord format.
 
     Args:
       name: TFDS's name of the data set.
@@ -57,7 +57,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Im
 
 
 def _builder(name: str, split: str, data_dir: str | os.PathLike | None) -> Any:
-    """TFDS's builder of a data set that lies prepared, or is now."""
+    """TFDS's builder of a data set that is prepared, or is now."""
     import tensorflow_datasets as tfds
 
     from . import archives, prepare
@@ -72,11 +72,11 @@ def _builder(name: str, split: str, data_dir: str | os.PathLike | None) -> Any:
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name, known, 1)
-        mend = f"Did you mean {near[0]!r}?" if near else "tfds.list_builders() lists them."
-        raise ValueError(f"name must be a TFDS data set's; got {name!r}. {mend}") from None
+        fix = f"Did you mean {near[0]!r}?" if near else "tfds.list_builders() lists them."
+        raise ValueError(f"name must be a TFDS data set's; got {name!r}. {fix}") from None
     if not (builder.data_path / "dataset_info.json").exists():
         raise ValueError(
-            f"{name} must lie prepared in {builder.data_path}; got nothing there. fmjax prepares "
+            f"{name} must be prepared in {builder.data_path}; got nothing there. fmjax prepares "
             f"{', '.join(archives.SOURCES)}; for others use TFDS and TensorFlow: "
             f"tfds build {name} --file_format=array_record --data_dir={root}"
         )

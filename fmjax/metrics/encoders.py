@@ -1,7 +1,7 @@
 """Encoders: functions from images to features, whose distributions the metrics compare.
 
 A figure is comparable only with others from the same encoder: the same weights, hence the hash, and
-the same road from pixels to the network, hence the protocol. Weights are never downloaded.
+the same processing of pixels for the network, hence the protocol. Weights are never downloaded.
 """
 
 import os
@@ -48,7 +48,7 @@ class Encoder(NamedTuple):
 
 
 class Protocol(NamedTuple):
-    """The road from 8-bit images to the InceptionV3.
+    """The processing of 8-bit images for the InceptionV3.
 
     Attributes:
       name: a letter, as it is written beside a figure.

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 
 from .estimate import Estimate, as_samples, group_slices, jackknife_error
 
-_ROWS = 4096  # rows turned to float64 at a time
+_ROWS = 4096  # rows turned to float64 together
 
 
 class Moments(NamedTuple):

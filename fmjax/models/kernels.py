@@ -22,7 +22,7 @@ class Kernels(NamedTuple):
     Attributes:
       conv: the convolution of images `[batch, height, width, in]`.
       upsampled_conv: the same after every pixel is repeated 2x2.
-      attention: softmax(q k' / sqrt(dim)) v, all of the shape `[batch, places, heads, dim]`.
+      attention: softmax(q k' / sqrt(dim)) v, all of the shape `[batch, length, heads, dim]`.
     """
 
     conv: Convolution
@@ -58,7 +58,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     `jax.nn.dot_product_attention` takes its softmax in float32 for float64 too.
 
     Args:
-      q: `[batch, places, heads, dim]`, the queries.
+      q: `[batch, length, heads, dim]`, the queries.
       k: the same, the keys.
       v: the same, the values.
 

@@ -86,7 +86,7 @@ def class_indices(
         values = np.asarray(labels)
         if values.size and not (0 <= values.min() and values.max() <= num_classes):
             raise ValueError(
-                f"labels must lie in 0..{num_classes}, {num_classes} being the null class; got "
+                f"labels must be in 0..{num_classes}, {num_classes} being the null class; got "
                 f"labels from {values.min()} to {values.max()}. Is num_classes right?"
             )
     labels = jnp.asarray(labels)

@@ -60,7 +60,7 @@ class MLP(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        """The velocity at time t and place x.
+        """The velocity at time t and point x.
 
         Args:
           t: times in [0, 1], `[]` or `[batch]`.

@@ -119,7 +119,7 @@ def as_time(t: Any) -> jax.Array:
         t = as_floating("t", t) if jnp.iscomplexobj(t) else t.astype(jnp.float32)
     if is_concrete(t) and t.size and not (t.min() >= -_SLACK and t.max() <= 1 + _SLACK):
         raise ValueError(
-            f"t must lie in [0, 1], 0 at the source and 1 at the data; got times from {t.min()} to "
+            f"t must be in [0, 1], 0 at the source and 1 at the data; got times from {t.min()} to "
             f"{t.max()}. Steps of 0..N need t / N."
         )
     return at_least_float32(t)

@@ -23,13 +23,13 @@ def cond_ot(sigma_min: float = 0.0) -> AffinePath:
       sigma_min: the noise that is left on the data at t = 1, in [0, 1).
 
     Raises:
-      ValueError: if `sigma_min` lies outside [0, 1).
+      ValueError: if `sigma_min` is outside [0, 1).
 
     Source: arXiv 2210.02747, equation 20.
     """
     if not 0 <= sigma_min < 1:
         raise ValueError(
-            f"sigma_min must lie in [0, 1); got {sigma_min}. The paper uses values up to 0.1."
+            f"sigma_min must be in [0, 1); got {sigma_min}. The paper uses values up to 0.1."
         )
     return AffinePath(alpha=lambda t: t, sigma=lambda t: 1 - (1 - sigma_min) * t)
 

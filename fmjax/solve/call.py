@@ -169,5 +169,5 @@ def _check_ts(ts: Any, t0: Any, t1: Any, dtype: Any) -> jax.Array:
                 "For the reverse direction swap t0 and t1 and reverse ts."
             )
     ts, low, high = ts.astype(dtype), jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-    # Not jnp.clip, which halves the gradient of a time that lies on an end.
+    # Not jnp.clip, which halves the gradient of a time on an end.
     return jnp.where(ts < low, low, jnp.where(ts > high, high, ts))

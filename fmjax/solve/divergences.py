@@ -44,8 +44,8 @@ def exact_divergence(chunk_size: int = 16) -> Divergence:
     """The trace of the Jacobian, one forward-mode product per dimension of the event.
 
     Args:
-      chunk_size: how many products run at once. Memory grows with it, the result does not change;
-        time mostly shrinks with it until the machine is full.
+      chunk_size: how many products run in parallel. Memory grows with it, the result does not
+        change; time mostly shrinks with it until the machine is full.
 
     Returns:
       A divergence `(velocity, t, x) -> (u, div)`, for any event shape.

@@ -8,7 +8,7 @@ share the batch. (A rounding of the error estimate moves the step sizes too, so 
 such results may differ by about the tolerance, where in float64 they agree to ten digits.)
 
 Under `jax.vmap` all examples would wait for the one with the most steps: with n_i evaluations of
-example i the share 1 - mean(n) / max(n) is wasted. Here `num_lanes` W examples are solved at a time
+example i the share 1 - mean(n) / max(n) is wasted. W = `num_lanes` examples are solved in parallel,
 and a lane that is through takes the next example from a queue. Only at the end do lanes idle, and
 
     waste = 1 - sum_i n_i / (W num_calls),   at most about W max(n) / sum(n),
@@ -76,7 +76,7 @@ class EachTrajectory(NamedTuple):
       x: the states at `t1`, `[batch, *event]`.
       num_evaluations: evaluations of the velocity that each example needed, those of its rejected
         steps included, `[batch]`, int32.
-      num_calls: calls of the velocity, each of them on all lanes at once, `[]`, int32.
+      num_calls: calls of the velocity, each of them on all lanes in parallel, `[]`, int32.
     """
 
     x: jax.Array
@@ -160,7 +160,7 @@ def integrate_each(
 def attempt_each(
     velocity: Velocity | PerRow, x0: jax.Array, **options: Unpack[EachOptions]
 ) -> Attempts:
-    """`integrate_each` that keeps what succeeds: an example that fails is NaN, the others go on.
+    """`integrate_each` that keeps what succeeds: an example that fails is NaN.
 
     Arguments and errors are those of `integrate_each`, but for the RuntimeError.
 

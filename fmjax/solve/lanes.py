@@ -9,7 +9,7 @@ What happens in a lane is `diffrax.diffeqsolve` of that example alone: Diffrax's
 step and its controller judges it, with the same first step and the same clipping at t1.
 
 Diffrax would evaluate the first stage of a step in all lanes as soon as one lane needs it, at its
-first step. The first stages of all rows are therefore evaluated ahead of the loop, W at a time.
+first step. The first stages of all rows are therefore evaluated ahead of the loop, W in parallel.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class _Lane(NamedTuple):
     """What a lane holds; with a leading axis, all of them. Times run forwards, also when t1 < t0.
 
     Attributes:
-      slot: place in the batch; the batch size where the lane is idle.
+      slot: index in the batch; the batch size where the lane is idle.
       row: the example's name.
       t: time reached.
       t_next: where the next step ends.
@@ -67,7 +67,7 @@ class Solved(NamedTuple):
       failed: `[batch]`.
       ran_out: whether it failed for want of steps, `[batch]`.
       num_evaluations: of each one, `[batch]`, int32.
-      num_calls: calls of the vector field, each of them on all lanes at once, `[]`, int32.
+      num_calls: calls of the vector field, each of them on all lanes in parallel, `[]`, int32.
     """
 
     y: Any
@@ -108,7 +108,7 @@ def solve_each(
     """y at `t1` and the cost, for `vector_field(row, t, y)`.
 
     `y0` is a pytree of `[batch, ...]`; the vector field sees one example, without the batch axis.
-    With `stops` the first failure ends the loop, else the lane goes on with the next example.
+    With `stops` the first failure ends the loop, else the lane takes the next example.
     """
     batch, reuses_last = rows.shape[0], int(controller.reuses_last)
     method = _method(vector_field, solver, controller, y0, t0, t1)
@@ -227,7 +227,7 @@ def _method(
 
 
 def _in_turns(function: Callable[..., Any], rows: jax.Array, y: Any, num_lanes: int) -> Any:
-    """`function(row, y)` of all rows, `num_lanes` at a time; the last turn repeats the last row."""
+    """`function(row, y)` of all rows, `num_lanes` in parallel; the last turn repeats a row."""
     batch = rows.shape[0]
     num_turns = -(-batch // num_lanes)
     slots = jnp.minimum(jnp.arange(num_turns * num_lanes), batch - 1).reshape(num_turns, num_lanes)

@@ -39,7 +39,7 @@ class LogProb(NamedTuple):
 
     Attributes:
       log_prob: log p_1(x1) in nats, `[batch]`; `[num_estimates, batch]` where the divergence gives
-        several estimates side by side.
+        a leading axis of estimates.
       x0: where the data came from, `[batch, *event]`.
       num_evaluations: calls of the velocity together with its Jacobian products, `[]`, int32.
     """

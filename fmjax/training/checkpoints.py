@@ -84,7 +84,7 @@ def open_manager(
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
-    """The step of the latest whole checkpoint, or None where there is none."""
+    """The step of the latest complete checkpoint, or None where there is none."""
     return manager.latest_step()
 
 
@@ -98,14 +98,14 @@ def save(
     """Saves a state and its config under the state's step.
 
     The call computes the digests, copies the state from the device and writes it in the background,
-    so the state may be donated to the next step at once. A step that is saved already is not saved
-    again.
+    so the state may be donated to the next step immediately. A step that is saved already is not
+    saved again.
 
     Args:
       manager: from `open_manager`.
       state: the state to save; its arrays may be sharded.
       config: what JSON can hold: `dataclasses.asdict` of a frozen dataclass, say.
-      wait: whether to return only once the checkpoint is whole. An error of a background save is
+      wait: whether to return only once the checkpoint is complete. An error of a background save is
         raised by the next `save` or when the manager is closed.
 
     Raises:
@@ -154,7 +154,7 @@ def restore(
       A `TrainState` of new arrays. The example of `save` shows it.
 
     Raises:
-      ValueError: if there is no checkpoint, or if one is whole but does not fit the example.
+      ValueError: if there is no checkpoint, or if one is undamaged but does not fit the example.
       DamagedCheckpointError: if the latest is damaged: a file is cut short, missing or changed.
         `restore_latest_good` goes back to the one before.
     """
@@ -166,7 +166,7 @@ def restore_latest_good(
 ) -> Restored:
     """Restores the latest state that is what was saved, and puts the damaged ones after it aside.
 
-    Their folders are renamed to `<step>.damaged`, within the same folder and only once a whole
+    Their folders are renamed to `<step>.damaged`, within the same folder and only once a good
     checkpoint is found: the run can then save these steps again. Nothing is deleted.
 
     Args:
@@ -179,7 +179,7 @@ def restore_latest_good(
 
     Raises:
       ValueError: as `restore` does. A checkpoint that does not fit the example is not damaged.
-      DamagedCheckpointError: if none is whole; then nothing is changed.
+      DamagedCheckpointError: if none is good; then nothing is changed.
 
     Example:
       >>> import tempfile
@@ -319,12 +319,12 @@ def _steps(manager: ocp.CheckpointManager) -> list[int]:
 def _latest_good(
     manager: ocp.CheckpointManager, read: Callable[[int], T]
 ) -> tuple[T, tuple[Damaged, ...]]:
-    """What `read(step)` gives of the latest whole checkpoint, and the damaged ones after it."""
+    """What `read(step)` gives of the latest good checkpoint, and the damaged ones after it."""
     damaged: list[Damaged] = []
     for step in _steps(manager):
         try:
             return read(step), tuple(damaged)
         except DamagedCheckpointError as error:
             damaged += error.damaged
-    advice = "No whole one is left, and nothing was changed: bring back a copy, or start anew."
+    advice = "No good one is left, and nothing was changed: bring back a copy, or start anew."
     raise DamagedCheckpointError(manager.directory, damaged, advice)

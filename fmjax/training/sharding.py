@@ -1,27 +1,27 @@
-"""Placements of one training step: over devices, over hosts, the state whole or split.
+"""Shardings of one training step: over devices, over hosts, the state replicated or split.
 
 The D devices of a mesh stand in D / F rows (the axis "data") of F (the axis "fsdp"), and the batch
 is split over all of them. The state is split over "fsdp" and repeated over "data":
 
-- F = 1, data parallel: every device holds the whole state, and the mesh is the one axis "data".
+- F = 1, data parallel: the state is replicated, and the mesh is the one axis "data".
 - F = D, fully sharded: every device holds 1 / D of parameters, average and optimiser state; XLA
   gathers a layer's parameters where it needs them, and sums gradients where they are kept.
 
 With B examples on D devices, the loss (1 / B) sum_i l_i equals (1 / D) sum_d (1 / (B / D))
-sum_{i on d} l_i, and so does its gradient. Two roads lead there:
+sum_{i on d} l_i, and so does its gradient. Two functions do so:
 
-- `jit_train_step`, the main road: one program over the global batch. `loss_fn` sees all B examples
+- `jit_train_step`: one program over the global batch. `loss_fn` sees all B examples
   and XLA inserts the sums over devices. Whatever `loss_fn` draws from its key is what one device
   would have drawn: N devices = 1 device, up to the order of the sums, whatever F.
-- `pmap_train_step`, the thin second road: D replicas of the step, each on its B / D examples, with
+- `pmap_train_step`: D replicas of the step, each on its B / D examples, with
   an explicit mean. It takes the same arrays and the same state, and gives the same numbers where
   `loss_fn` draws nothing itself (noise, times and pairing are made on the global batch before the
   step and stand in `batch`). What `loss_fn` does draw comes from each replica's own key, so these
   draws, and a pairing made inside `loss_fn`, depend on the device count.
 
 A pod runs one process per host: call `jax.distributed.initialize()` before anything else, create
-the state under `jax.jit(..., out_shardings=state_sharding(...))`, take the jit road, read the rows
-that `local_rows` names and give them to `shard_batch`.
+the state under `jax.jit(..., out_shardings=state_sharding(...))`, use `jit_train_step`, read the
+rows that `local_rows` names and give them to `shard_batch`.
 
 Source: Rajbhandari et al. 2019, arXiv 1910.02054 (stage 3).
 """
@@ -41,7 +41,7 @@ DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
 Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 
-# Below this many numbers an array is kept whole: to gather it costs more than to hold it.
+# Arrays of fewer numbers are replicated: to gather them costs more than to hold them.
 _SMALLEST_SPLIT = 1024
 
 
@@ -50,7 +50,7 @@ def make_mesh(devices: Devices | None = None, *, fsdp: int = 1) -> Mesh:
 
     Args:
       devices: the devices, in order; None for `jax.devices()`.
-      fsdp: over how many devices one copy of the state is split; 1 keeps it whole on each.
+      fsdp: over how many devices one copy of the state is split; 1 replicates it.
 
     Returns:
       A `Mesh` of the axis "data", or with `fsdp` above 1 of "data" and "fsdp". Its axes are Auto:
@@ -67,7 +67,7 @@ def make_mesh(devices: Devices | None = None, *, fsdp: int = 1) -> Mesh:
     if fsdp < 1 or len(devices) % fsdp:
         raise ValueError(
             f"fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices. "
-            "1 keeps the state whole, the number of devices splits it over all."
+            "1 replicates the state, the number of devices splits it over all."
         )
     axes = (DATA_AXIS,) if fsdp == 1 else (DATA_AXIS, FSDP_AXIS)
     grid = np.array(devices).reshape(-1) if fsdp == 1 else np.array(devices).reshape(-1, fsdp)
@@ -75,7 +75,7 @@ def make_mesh(devices: Devices | None = None, *, fsdp: int = 1) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of keys, and of a state that is not split: a whole copy on every device."""
+    """The sharding of keys, and of a state that is not split: replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -85,11 +85,11 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Where every array of a state lies: split over "fsdp" by a rule on shapes.
+    """The sharding of every array of a state: split over "fsdp" by a rule on shapes.
 
     An array is split along its longest axis that F divides, the last of them where several are
-    equally long. One that has no such axis, or fewer than 1,024 numbers, stays whole. Parameters,
-    their average and Adam's moments have equal shapes, hence equal places.
+    equally long. One that has no such axis, or fewer than 1,024 numbers, is replicated. Parameters,
+    their average and Adam's moments have equal shapes, hence equal shardings.
 
     Args:
       state: a `TrainState` or any pytree of arrays, or its `jax.eval_shape`.
@@ -105,13 +105,13 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     """
     shards = mesh.shape.get(FSDP_AXIS, 1)
 
-    def place(x: Any) -> NamedSharding:
+    def rule(x: Any) -> NamedSharding:
         lengths = [(n, axis) for axis, n in enumerate(x.shape) if n % shards == 0 and n >= shards]
         if shards == 1 or not lengths or np.prod(x.shape) < _SMALLEST_SPLIT:
             return replicated(mesh)
         return NamedSharding(mesh, PartitionSpec(*[None] * max(lengths)[1], FSDP_AXIS))
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(rule, state)
 
 
 def check_batch_size(batch_size: int, num_devices: int) -> None:
@@ -163,7 +163,7 @@ def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
       batch: pytree of host arrays `[local_batch, ...]`: the examples that this process has read,
         rows `local_rows(...)` of the global batch, in that order.
       mesh: from `make_mesh`.
-      axis: the batch's axis: 1 for several batches `[num_steps, local_batch, ...]` at once.
+      axis: the batch's axis: 1 for the batches of several steps, `[num_steps, local_batch, ...]`.
 
     Returns:
       The same pytree of global arrays `[batch, ...]`.
@@ -175,20 +175,20 @@ def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
       >>> shard_batch({"x1": np.zeros((8, 2))}, make_mesh(jax.devices()[:1]))["x1"].shape
       (8, 2)
     """
-    place, num_devices = batch_sharding(mesh, axis=axis), len(mesh.local_devices)
+    sharding, num_devices = batch_sharding(mesh, axis=axis), len(mesh.local_devices)
 
     def put(local: Any) -> jax.Array:
         check_batch_size(local.shape[axis], num_devices)
-        return jax.make_array_from_process_local_data(place, local)
+        return jax.make_array_from_process_local_data(sharding, local)
 
     return jax.tree.map(put, batch)
 
 
 def spread(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Puts a whole host array on the mesh, its first axis split where the devices can share it.
+    """Puts a host array on the mesh, its first axis split where the devices can share it.
 
     For sampling and evaluation, where the number of examples is what it is: one that is no multiple
-    of the number of devices is split over fewer of them, or lies whole on each.
+    of the number of devices is split over fewer of them, or replicated.
 
     Args:
       x: `[batch, ...]`, the same in every process.
@@ -204,11 +204,11 @@ def spread(x: np.ndarray, mesh: Mesh) -> jax.Array:
     axes = mesh.axis_names
     while axes and len(x) % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
-    place = NamedSharding(mesh, PartitionSpec(axes or None))
-    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+    sharding = NamedSharding(mesh, PartitionSpec(axes or None))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def whole(batch: Any) -> Any:
+def gathered(batch: Any) -> Any:
     """A sharded pytree as NumPy arrays, gathered from all devices of all processes."""
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
 
@@ -216,12 +216,12 @@ def whole(batch: Any) -> Any:
 def jit_train_step(
     train_step: TrainStep, mesh: Mesh, *, state: Any = None, batch_axis: int = 0
 ) -> TrainStep:
-    """Compiles a training step for a mesh: the main road, on one device, many, or a pod.
+    """Compiles a training step for a mesh: one device, many, or a pod.
 
     Args:
       train_step: from `training.make_train_step`, without an axis name, or `training.many_steps`.
       mesh: from `make_mesh`.
-      state: its places, from `state_sharding`; None for a whole copy on every device.
+      state: its shardings, from `state_sharding`; None for a replicated one.
       batch_axis: the batch's axis: 1 for `training.many_steps`.
 
     Returns:
@@ -248,7 +248,7 @@ def jit_train_step(
 
 
 def pmap_train_step(train_step: TrainStep, devices: Devices | None = None) -> TrainStep:
-    """Runs a training step under `jax.pmap`: the thin second road, for one process.
+    """Runs a training step under `jax.pmap`, in one process.
 
     Args:
       train_step: from `training.make_train_step` with `axis_name="data"`. Without the name nothing
@@ -256,7 +256,7 @@ def pmap_train_step(train_step: TrainStep, devices: Devices | None = None) -> Tr
       devices: the devices, in order; None for `jax.devices()`.
 
     Returns:
-      A step of the same arguments as the jit road's: an unstacked state (donated), a key, and a
+      A step of the arguments of `jit_train_step`'s: an unstacked state (donated), a key, and a
       batch `[batch, ...]`, of host arrays or sharded as by `shard_batch`, which is split here into
       `[devices, batch / devices, ...]`. The state that comes back is replicated, also unstacked. A
       first state that is not replicated yet costs a second trace.

@@ -32,7 +32,7 @@ from ..types import at_least_float32, kind, returned
 
 
 class TrainState(NamedTuple):
-    """All that a run needs in order to go on.
+    """All that a run needs in order to resume.
 
     Attributes:
       step: steps done so far, int32 `[]`.
@@ -132,7 +132,7 @@ def make_train_step(
       The step. Its metrics are `Metrics(loss, gradient_norm, learning_rate)`.
 
     Raises:
-      ValueError: if a float `ema_decay` lies outside [0, 1], or `tx` is no Optax transformation; by
+      ValueError: if a float `ema_decay` is outside [0, 1], or `tx` is no Optax transformation; by
         the step, if the loss or a schedule's decay is no floating scalar.
 
     Example:
@@ -224,7 +224,7 @@ def _ema_weight(ema_decay: float | optax.Schedule) -> Callable[[jax.Array], jax.
         return lambda step: 1.0 - returned("ema_decay", 1.0 * ema_decay(step), ())
     if not 0.0 <= ema_decay <= 1.0:
         raise ValueError(
-            f"ema_decay must lie in [0, 1]; got {ema_decay}. Slow averages stand close to 1, as "
+            f"ema_decay must be in [0, 1]; got {ema_decay}. Slow averages are close to 1, as "
             "0.9999 does."
         )
     # 1 - min(d, (1 + n) / (10 + n)), without float32's cancellation near d = 1.

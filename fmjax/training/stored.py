@@ -51,7 +51,7 @@ class CheckpointSaveError(OSError):
 class Manager(ocp.CheckpointManager):
     """Orbax's manager; the error of a save in the background says what was not written.
 
-    It is raised once, by whatever waits first: the next save, `wait_until_finished` or `close`.
+    It is raised once, by whatever blocks first: the next save, `wait_until_finished` or `close`.
     """
 
     _failed: CheckpointSaveError | None = None
@@ -135,7 +135,7 @@ def read(manager: ocp.CheckpointManager, step: int, target: Any, field: str | No
 
     Raises:
       DamagedCheckpointError: if anything can't be read, or is not what was saved.
-      ValueError: if the checkpoint is whole but of another structure, shapes or dtypes.
+      ValueError: if the checkpoint is undamaged but of another structure, shapes or dtypes.
     """
     rows: dict[str, Any] = read_record(manager, step)["arrays"]
     rows = {name: row for name, row in rows.items() if field in (None, name.split(".")[0])}
@@ -228,7 +228,7 @@ def _attempt(manager: ocp.CheckpointManager, step: int, read: Callable[[], T]) -
 
 
 def _damage(manager: ocp.CheckpointManager, step: int, reason: str) -> DamagedCheckpointError:
-    advice = "restore_latest_good goes back to the last whole one: a run that starts again does so."
+    advice = "restore_latest_good goes back to the last good one: a run that starts again does so."
     return DamagedCheckpointError(manager.directory, [Damaged(step, reason)], advice)
 
 

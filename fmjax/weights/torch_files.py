@@ -74,8 +74,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # damaged bytes make pickle and zipfile raise nearly anything
         raise ValueError(
-            f"{path} must be a whole file; reading it ended with {type(error).__name__}: {error}. "
-            "It is truncated or damaged: fetch it anew."
+            f"{path} must be a complete file; reading it ended with {type(error).__name__}: "
+            f"{error}. It is truncated or damaged: fetch it anew."
         ) from error
 
 
@@ -254,7 +254,7 @@ def _array(name: str, tensor: _Tensor, load: Callable[[_Storage], np.ndarray]) -
     reach = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     if count and (reach > len(numbers) or count > len(numbers)):
         raise _Unfit(
-            f"{name} must lie inside its storage of {len(numbers)} numbers; got offset {offset}, "
+            f"{name} must be inside its storage of {len(numbers)} numbers; got offset {offset}, "
             f"shape {shape}, strides {strides}."
         )
     if not count:

@@ -31,7 +31,7 @@ def test_truncated_archives_are_named(tmp_path):
         ("mnist", "t10k-labels-idx1-ubyte.gz"),
     ):
         truncate(tmp_path / file)
-        with pytest.raises(ValueError, match=f"{file} must be a whole .*Download it again"):
+        with pytest.raises(ValueError, match=f"{file} must be a complete .*Download it again"):
             archives.SOURCES[name].read(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_unknown_name_suggests_the_nearest(tmp_path):
 
 
 def test_an_unprepared_data_set_of_tfds_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(ValueError, match=f"kmnist must lie prepared in {tmp_path}.*tfds build"):
+    with pytest.raises(ValueError, match=f"kmnist must be prepared in {tmp_path}.*tfds build"):
         data.load("kmnist", "train", tmp_path)
 
 

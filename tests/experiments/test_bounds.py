@@ -92,9 +92,9 @@ def test_what_may_be_zero_or_empty():
 def test_no_two_seeds_are_the_same():
     """JAX takes the last 32 bits of a seed, scikit-learn no more than 32."""
     assert (jax.random.key(2**32 + 5) == jax.random.key(5)).all()
-    with pytest.raises(ValueError, match=r"--seed must lie in 0..4294967295; got 4294967296\.$"):
+    with pytest.raises(ValueError, match=r"--seed must be in 0..4294967295; got 4294967296\.$"):
         digits.main(digits.Config(seed=2**32))
-    with pytest.raises(ValueError, match="--seed must lie in 0..1073741823; got 1073741824"):
+    with pytest.raises(ValueError, match="--seed must be in 0..1073741823; got 1073741824"):
         two_moons.main(two_moons.Config(seed=2**30))
     two_moons.moons(2, 0.0, 2**31 + 2 * (2**30 - 1) + 1)  # an evaluation's last
     for seeds, rule in (((-1,), "lie in"), ((3, 3), "be different"), ((), "be different.*none")):
@@ -139,7 +139,7 @@ POD = dict(coordinator="localhost:1", num_processes=2, process_id=1)
         ({"coordinator": "localhost"}, "--cluster.coordinator must be HOST:PORT; got 'localhost'"),
         ({"coordinator": "localhost:http"}, "--cluster.coordinator must be HOST:PORT"),
         ({"coordinator": "localhost:99999"}, "--cluster.coordinator must be HOST:PORT"),
-        ({"process_id": 2}, "--cluster.process-id must lie in 0..1.*got 2"),
+        ({"process_id": 2}, "--cluster.process-id must be in 0..1.*got 2"),
         ({"process_id": None}, "--cluster.process-id I go together"),
         ({}, "process 0, which listens there; got localhost:1: Connection refused"),
     ],

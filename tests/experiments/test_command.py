@@ -33,7 +33,7 @@ def raising(error):
         (two_moons, "--model.features", "--model.features must have at least one value"),
         (two_moons, "--num-steps -3", "--num-steps must be positive; got -3."),
         (two_moons, "--learning-rate nan", "--learning-rate must be positive; got nan."),
-        (two_moons, "--seed 4294967296", "--seed must lie in 0..1073741823; got 4294967296."),
+        (two_moons, "--seed 4294967296", "--seed must be in 0..1073741823; got 4294967296."),
         (two_moons, "--seed 3 --num-steps 2 --seed=4", "given once; got --seed twice in: --seed 3"),
         (digits, "--flip --no-flip", "given once; got --flip twice"),
         (digits, "--model.conv-resample --model.no-conv-resample", "--model.conv-resample twice"),

@@ -274,7 +274,7 @@ def test_errors(folders, tmp_path):
         ({"curve_tolerances": ()}, "--curve-tolerances must have at least one value"),
         ({"curve_tolerances": (0.1, float("nan"))}, "--curve-tolerances must be positive"),
         ({"tolerance": float("inf")}, "--tolerance must be positive"),
-        ({"seeds": (2**32,)}, "--seeds must lie in 0..4294967295"),
+        ({"seeds": (2**32,)}, "--seeds must be in 0..4294967295"),
         ({"curve_evaluations": (4, -8)}, "--curve-evaluations must be positive"),
         ({"eval_examples": 1}, "--eval-examples must be at least 2"),
         ({"judge": judging.JudgeConfig(num_splits=1)}, "--judge.num-splits must be at least 2"),

@@ -312,7 +312,7 @@ def test_the_skipping_flag_can_not_change_on_the_way(tmp_path):
         ({"num_devices": 9}, "--num-devices must be at most the 8"),
         ({"num_devices": 6, "batch_size": 64}, "multiple of the number of devices"),
         ({"fsdp": 3}, "fsdp must divide"),
-        ({"fsdp": 2, "parallel": "pmap"}, "--parallel pmap keeps the state whole"),
+        ({"fsdp": 2, "parallel": "pmap"}, "--parallel pmap replicates the state"),
         ({"steps_per_dispatch": 3}, "--checkpoint-every must be a multiple"),
         ({"max_skipped_steps": -1}, "--max-skipped-steps must be zero or more"),
     ],

@@ -1,4 +1,4 @@
-"""The README's code and the notebook run; the README's table is that of the recorded runs."""
+"""The README's code and the notebook run; the tables of all READMEs are those of the records."""
 
 import json
 import pathlib
@@ -16,10 +16,41 @@ from experiments.benchmarks.compare import report as report_of_compare
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/benchmarks/results"
+README, EXPERIMENTS, RECORDS = (
+    ROOT / "README.md", ROOT / "experiments/README.md", RESULTS / "README.md"
+)  # fmt: skip
+
+
+def copied(path, marker):
+    """The table after `<!-- marker -->` in a file."""
+    found = re.search(rf"<!-- {marker} -->\n\n(.*?\n)\n", path.read_text(), re.S)
+    assert found, f"{path} has no table {marker}"
+    return found.group(1)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= 1500
+
+
+@pytest.mark.parametrize(
+    "path", [README, EXPERIMENTS, RECORDS], ids=["top", "experiments", "results"]
+)
+def test_every_link_leads_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+            }
 
 
 def test_the_readmes_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert blocks
     namespace = {}
     for block in blocks:
@@ -46,9 +77,10 @@ def test_the_notebook_runs(monkeypatch):
     assert sum("image/png" in o["data"] for o in pictures) == 4
 
 
-def test_no_picture_in_the_readme_is_missing_or_large():
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).stat().st_size < 300_000, name
+def test_no_picture_of_the_readmes_is_missing_or_large():
+    for path in (README, EXPERIMENTS):
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text()):
+            assert (path.parent / name).stat().st_size < 300_000, name
 
 
 def test_eight_devices():
@@ -56,9 +88,7 @@ def test_eight_devices():
 
 
 def test_the_results_are_those_of_the_recorded_runs():
-    rows = dict(
-        re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
-    )
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \| (.*) \|$", README.read_text(), re.M))
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     results = {name: result for name, result in results.items() if "step" in result}  # runs
     assert rows.keys() == results.keys()
@@ -80,13 +110,8 @@ def test_the_evaluations_are_the_recorded_ones(path):
     """The table of each is made from its JSON, and those in the README are copies."""
     table = report.table(json.loads(path.read_text()))
     assert path.with_suffix(".md").read_text() == table
-    text = (ROOT / "README.md").read_text()
-    if marker := re.search(rf"<!-- evaluation {path.stem} -->\n\n(.*?\n)\n", text, re.S):
-        assert marker.group(1) == table
-
-
-def test_the_readme_shows_an_evaluation():
-    assert re.search(r"<!-- evaluation (\w+) -->", (ROOT / "README.md").read_text())
+    if path.stem == "digits":
+        assert copied(EXPERIMENTS, "evaluation digits") == table
 
 
 def test_the_toy_table_is_the_recorded_one():
@@ -95,8 +120,7 @@ def test_the_toy_table_is_the_recorded_one():
     ]
     text = toy_report.markdown(made[0]["pairs"], made[0]["cells"], made[1]["runs"])
     assert (RESULTS / "toy_table.md").read_text() == text
-    copied = re.search(r"<!-- toy table -->\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
-    assert copied.group(1) == text.split("\n\n")[0]
+    assert copied(EXPERIMENTS, "toy table") == text.split("\n\n")[0] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -104,13 +128,17 @@ def test_the_toy_table_is_the_recorded_one():
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
     text = table(json.loads((RESULTS / f"{name}.json").read_text()))
-    readme = (ROOT / "README.md").read_text()
-    copied = re.search(rf"<!-- {name} -->\n\n(.*?\n)\n", readme, re.S)
-    assert copied.group(1) == text.split("\n\n")[0].rstrip("\n") + "\n"
+    assert copied(RECORDS, name) == text.split("\n\n")[0].rstrip("\n") + "\n"
+
+
+def test_the_readmes_speeds_are_rows_of_the_comparison():
+    head, line, *rows = copied(README, "speed").splitlines()
+    recorded = copied(RECORDS, "compare").splitlines()
+    assert [head, line] == recorded[:2] and len(rows) == 5 and set(rows) <= set(recorded[2:])
 
 
 def test_the_divergences_are_the_recorded_ones():
     errors = json.loads((RESULTS / "divergence.json").read_text())["rmse_bits_per_dim"]
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join(EXPERIMENTS.read_text().split())
     for row in errors.values():
         assert "{:.3f}, {:.3f} and {:.3f}".format(*row.values()) in text

@@ -238,7 +238,7 @@ def test_wrong_shapes_and_settings_are_refused():
             make()
     for t in (-0.1, 1.1, np.nan, np.array([0.5, 0.5, 0.5, 500.0])):
         for function in takes_t:
-            with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+            with pytest.raises(ValueError, match=r"t must be in \[0, 1\]"):
                 function(t)
 
 

@@ -109,7 +109,7 @@ def test_values_that_read_well_but_are_others_are_found_and_named(pristine, tmp_
         assert str(error.value) == (
             f"A checkpoint must be what was saved; damaged in {folder}: step 2: 7 digests are not "
             "those of the saved values: of step, params.b, params.w, ema_params.b, ema_params.w. "
-            "restore_latest_good goes back to the last whole one: a run that starts again does so."
+            "restore_latest_good goes back to the last good one: a run that starts again does so."
         )
         state, damaged = checkpoints.restore_latest_good(manager, EXAMPLE)
         assert damaged == error.value.damaged
@@ -146,11 +146,11 @@ def test_with_none_left_nothing_is_touched(pristine, tmp_path):
     change_record(folder, '"seed": 2', '"seed": 3')
     before = content(folder)
     with checkpoints.open_manager(folder) as manager:
-        with pytest.raises(checkpoints.DamagedCheckpointError, match="No whole one is left") as e:
+        with pytest.raises(checkpoints.DamagedCheckpointError, match="No good one is left") as e:
             checkpoints.restore_latest_good(manager, EXAMPLE)
         assert [d.step for d in e.value.damaged] == [2, 1]
         assert "record is not the one that was saved" in e.value.damaged[0].reason
-        with pytest.raises(checkpoints.DamagedCheckpointError, match="No whole one is left"):
+        with pytest.raises(checkpoints.DamagedCheckpointError, match="No good one is left"):
             checkpoints.check_config(manager, {"seed": 2})
     assert content(folder) == before
 

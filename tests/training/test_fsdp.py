@@ -130,8 +130,8 @@ def test_what_is_spread_comes_back_whole(num_devices, fsdp, rows, width, dtype):
     mesh = sharding.make_mesh(jax.devices()[:num_devices], fsdp=fsdp)
     x = np.arange(rows * width).reshape(rows, width).astype(dtype)
     spread = sharding.spread(x, mesh)
-    np.testing.assert_array_equal(sharding.whole(spread), x)
-    assert sharding.whole(spread).dtype == x.dtype
+    np.testing.assert_array_equal(sharding.gathered(spread), x)
+    assert sharding.gathered(spread).dtype == x.dtype
     held = {shard.data.shape[0] for shard in spread.addressable_shards}
     if rows % num_devices == 0:
         assert held == {rows // num_devices}

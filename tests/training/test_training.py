@@ -80,7 +80,7 @@ def test_ema_keeps_the_small_weight_of_a_slow_average():
 
 
 def test_an_ema_decay_outside_0_1_is_refused():
-    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\]; got 99.99"):
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\]; got 99.99"):
         training.make_train_step(linear_loss, optax.sgd(0.1), ema_decay=99.99)
 
 

@@ -175,7 +175,7 @@ def test_storages_must_have_the_promised_size(form, tmp_path):
 @both_formats
 def test_a_storage_that_is_not_there(form, tmp_path):
     value = {"w": made.tensor("0", NUMBERS)}
-    with pytest.raises(ValueError, match="must be a whole file.*KeyError"):
+    with pytest.raises(ValueError, match="must be a complete file.*KeyError"):
         read_tensors(write(tmp_path, FORMATS[form](value, {})))
 
 

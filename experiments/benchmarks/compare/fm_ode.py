@@ -1,6 +1,6 @@
 """fmjax's side of the solves: samples and exact log-densities at tolerance 1e-5.
 
-The network is torchcfm's MLP with SiLU in SELU's place: SELU's slope jumps at zero, so that the
+The network is torchcfm's MLP with SiLU instead of SELU: SELU's slope jumps at zero, so that the
 divergence is discontinuous and an adaptive solver of either library takes fifty times the steps.
 """
 
@@ -107,7 +107,7 @@ def image_log_density(options: Options) -> dict[str, Case]:
 
 
 def _case(solve: Callable[[jax.Array], Any], x: np.ndarray, num: int, result: Any = None) -> Case:
-    """`num` solves of `x`, one after another; the result is left for the peer's to stand beside."""
+    """`num` solves of `x`, one after another; the result is left for comparison with the peer's."""
     start = sharding.shard_batch(x, sharding.make_mesh())
 
     def run() -> None:

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-LAYERS = (3, 64, 64, 64, 2)  # torchcfm's MLP: time stands beside the coordinates
+LAYERS = (3, 64, 64, 64, 2)  # torchcfm's MLP: time is one of the inputs
 BATCH = 16  # of the U-Net's rows
 PAIRING = (128, 512, 2048)
 CHOSEN = "train[:4096]"  # CIFAR-10 images for the input and pairing rows

@@ -57,7 +57,7 @@ def timed(run: Callable[[], Any], work: float, **kwargs: Any) -> Case:
 
 
 class Failed(RuntimeError):
-    """A side could not be made or could not go on; the message says why."""
+    """A side could not be made or could not continue; the message says why."""
 
 
 class Side:
@@ -150,7 +150,7 @@ def _keep_memory() -> None:
 
 
 def share_arena() -> None:
-    """Has all threads allocate from one place: for large arrays, before any thread is started.
+    """Has all threads allocate from one arena: for large arrays, before any thread is started.
 
     What doesn't fit into a thread's own arena is mapped and given back, whatever `_keep_memory`
     said. Small arrays are slower so: the threads wait for one another.

@@ -4,8 +4,8 @@ With e = exp(q k' / sqrt(dim) - largest), the softmax is e / (e 1), and so
 
     softmax v = (e v) / (e 1),
 
-both products in one, e [v, 1]. Divided is what comes out, [places, dim], and not the weights,
-[places, places]; nor has reverse mode a sum over these. Source: the regrouping is that of Dao et
+both products in one, e [v, 1]. Divided is what comes out, [length, dim], and not the weights,
+[length, length]; nor has reverse mode a sum over these. Source: the regrouping is that of Dao et
 al. (2022), arXiv 2205.14135, section 3.1.
 """
 
@@ -19,11 +19,11 @@ from fmjax.models import kernels
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`kernels.attention` by the formula above, in float32 and float64.
 
-    It takes 0.7 times as long, both ways, for 256 places and 64 channels. In half precision it is
-    `kernels.attention` itself.
+    It takes 0.7 times as long, both ways, for a length of 256 and 64 channels. In half precision it
+    is `kernels.attention` itself.
 
     Args:
-      q: `[batch, places, heads, dim]`, the queries.
+      q: `[batch, length, heads, dim]`, the queries.
       k: the same, the keys.
       v: the same, the values.
 

@@ -1,7 +1,7 @@
 """A 3x3 convolution at double resolution, by nine products.
 
 A 3x3 convolution after repeating every pixel 2x2 needs a quarter of its multiplications. Along one
-axis, the outputs at the place of a pixel q between p and r are
+axis, the outputs at the position of a pixel q between p and r are
 
     w_0 p + (w_1 + w_2) q = w_0 (p - q) + (w_0 + w_1 + w_2) q,
     (w_0 + w_1) q + w_2 r = (w_0 + w_1 + w_2) q - w_2 (q - r):

@@ -8,7 +8,7 @@ input, with 16 multiplications per pair of channels instead of 36:
 d the input's tile, w the filter, * the product of corresponding entries. Over all tiles and
 channels, each of the 16 entries is one matrix product [tiles, in] x [in, out], at which CPUs are
 good. The transforms B, G, A hold 0, 1, -1 and 1/2 only, so that the result differs from the direct
-sum by rounding. A few images are transformed at a time: their 16 matrices stay in the cache.
+sum by rounding. A few images are transformed together: their 16 matrices stay in the cache.
 
 A convolution y = conv(x, w) is bilinear. Its derivatives are convolutions of the same kind:
 
@@ -160,7 +160,7 @@ def _tiles(x: jax.Array) -> list[jax.Array]:
 
 
 def _in_parts(f: Callable[..., Any], *images: jax.Array) -> Any:
-    """f of a few images at a time: what it gives, array by array, stacked."""
+    """f of a few images together: what it gives, array by array, stacked."""
     batch, height, width, _ = images[0].shape
     most = max(1, 4 * _TILES_AT_A_TIME // (height * width))
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)

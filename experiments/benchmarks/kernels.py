@@ -1,0 +1,89 @@
+"""After how many training steps the CPU's kernels have paid back their longer compilation.
+
+    python -m experiments.benchmarks.kernels
+
+The U-Nets of the experiments, with their own batches and steps, on random images on one CPU device:
+seconds to trace and compile the step, and seconds per step (the median of interleaved repetitions),
+with XLA's kernels and with `fmjax.models.cpu.KERNELS`. Where the latter's step is shorter by s and
+its compilation longer by c, c / s steps pay it back. `experiments.images` chooses by it.
+
+On two cores of a shared server: about five minutes.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cifar10, command, digits, mnist, step
+from experiments.images import KERNELS, ImageConfig, UNetConfig, make_draw, make_loss
+from fmjax import models
+
+SMALL = UNetConfig(32, (1, 2, 2, 2), attention_resolutions=(16,), head_channels=32)
+RUNS: dict[str, tuple[ImageConfig, tuple[int, ...]]] = {
+    "digits": (digits.Config(), (8, 8, 1)),
+    "mnist": (mnist.Config(), (28, 28, 1)),
+    "cifar10_small": (cifar10.Config(batch_size=32, model=SMALL), (32, 32, 3)),
+    "cifar10": (cifar10.Config(), (32, 32, 3)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compilation and steps with and without the CPU's kernels."""
+
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Which experiments' networks."""
+    repetitions: int = 5
+    """Timed steps of each kind; the median counts."""
+
+
+def compiled(config: ImageConfig, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds to compile, the compiled step and what it takes."""
+    config = dataclasses.replace(config, num_devices=1)
+    model = models.UNet(**dataclasses.asdict(config.model))
+    model = model.clone(kernels=KERNELS[config.kernels])
+    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
+    tx = step.make_optimizer(config)
+    state = step.init_state(config, init, jax.random.key(0), tx)
+    steps = step.make_steps(config, make_draw(config, 256), make_loss(model), tx, state)
+    x1 = np.random.default_rng(0).integers(256, size=(1, config.batch_size, *shape), dtype=np.uint8)
+    began = time.perf_counter()
+    state, metrics = steps(state, jax.random.key(1), x1)
+    jax.block_until_ready(metrics)
+    return {"seconds": time.perf_counter() - began, "state": state, "steps": steps, "x1": x1}
+
+
+def timed(case: dict[str, Any]) -> float:
+    began = time.perf_counter()
+    case["state"], metrics = case["steps"](case["state"], jax.random.key(1), case["x1"])
+    jax.block_until_ready(metrics)
+    return time.perf_counter() - began
+
+
+def main(config: Config) -> None:
+    for name in config.runs:
+        run, shape = RUNS[name]
+        cases = {k: compiled(dataclasses.replace(run, kernels=k), shape) for k in KERNELS}
+        steps: dict[str, list[float]] = {k: [] for k in KERNELS}
+        for _ in range(config.repetitions):
+            for k, case in cases.items():
+                steps[k].append(timed(case))
+        each = {k: float(np.median(values)) for k, values in steps.items()}
+        compiling = {k: case["seconds"] - each[k] for k, case in cases.items()}
+        saved = each["xla"] - each["cpu"]
+        more = compiling["cpu"] - compiling["xla"]
+        even = f"{max(0.0, more / saved):,.0f} steps" if saved > 0 else "never"
+        print(
+            f"{name:14} compile {compiling['xla']:.1f} s, cpu {compiling['cpu']:.1f} s; "
+            f"step {each['xla']:.4f} s, cpu {each['cpu']:.4f} s; paid back after {even}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="experiments.benchmarks.kernels", doc=__doc__)
