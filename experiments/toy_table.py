@@ -36,8 +36,8 @@ where torchcfm's takes t, and Flax's initialisation where torchcfm's takes torch
 The paper's own table could not be opened, so there are no published figures next to these.
 
 All seeds of a cell train along a leading axis, one `lax.scan` of many steps per dispatch, while
-the next batches are paired in threads. A finished cell has a file of its own: started again, the command
-does the cells that are missing.
+the next batches are paired in threads. A finished cell has a file of its own: started again, the
+command does the cells that are missing.
 """
 
 import dataclasses
