@@ -11,7 +11,7 @@ from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from scipy.optimize import linear_sum_assignment
 
 import fmjax as fm
-from fmjax import couplings
+from fmjax.couplings import exact
 from fmjax.training import sharding
 
 COUPLINGS = {"independent": fm.independent, "minibatch_ot": fm.minibatch_ot}
@@ -124,7 +124,7 @@ def test_device_code_holds_no_callback():
 def test_on_the_device_the_cost_is_that_of_float32():
     for shape in ((33, 2), (24, 60)):
         x0, x1 = draw(shape)
-        rows = jit(couplings._on_device)(x0, x1)
+        rows = jit(exact._on_device)(x0, x1)
         largest = squared_distances(x0, x1).max()
         assert cost_of(x0[rows], x1) - optimum(x0, x1) <= 1e-5 * largest
 

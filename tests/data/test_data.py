@@ -207,7 +207,7 @@ def load_fake(monkeypatch, shape, sizes, labels, **other):
         "label": tfds.features.ClassLabel(num_classes=3),
     }
     builder = fake_builder(features | other, examples)
-    monkeypatch.setattr(data, "_builder", lambda *args: builder)
+    monkeypatch.setattr("fmjax.data.tfds._builder", lambda *args: builder)
     return data.load("fake", "train")
 
 

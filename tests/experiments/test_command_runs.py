@@ -84,6 +84,7 @@ def test_ctrl_c_before_and_in_training_and_in_writing(tmp_path, capsys, monkeypa
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_compiling_in_a_process_of_its_own(tmp_path):
     args = ["--workdir", str(tmp_path / "run"), *MOONS, "--eval-examples", "8"]
     environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "nothing compiled yet")}

@@ -48,6 +48,7 @@ def test_the_table_agrees_with_the_truth(tmp_path):
     assert abs(error["difference"]) < 1e-3 and error["num_images"] == 64
 
 
+@pytest.mark.slow
 def test_probes_lower_the_weighted_figure_by_less_than_is_said(tmp_path):
     """A velocity that mixes its pixels; the exact trace beside two probes, from the same draws."""
     mixing = np.random.default_rng(2).standard_normal((192, 192)).astype("f") / 14

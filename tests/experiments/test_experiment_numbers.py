@@ -94,6 +94,7 @@ def test_the_times_flag():
     np.testing.assert_allclose(list(means.values()), [0.5, 0.5, 0.715], atol=0.04)
 
 
+@pytest.mark.slow
 def test_the_log_likelihood_is_that_of_the_ema_on_held_out_points(tmp_path):
     moons = two_moons.Config(
         workdir=tmp_path, num_steps=30, batch_size=64, num_samples=50, eval_examples=200,
@@ -132,6 +133,7 @@ def test_a_folder_takes_one_process_at_a_time(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_leave_parameters_gradients_and_loss_float32():
     model = models.UNet(channels=16, channel_multipliers=(1,), num_res_blocks=1, dropout=0.1)
     images = load(config(), "train[:8]").images

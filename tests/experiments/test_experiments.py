@@ -69,6 +69,7 @@ def check_image_summary(summary):
     assert summary["images_per_second"] > 0 and summary["wall_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_digits_leaves_a_complete_folder(tmp_path):
     folder = tmp_path / "a run with spaces, ü"
     digits.main(digits.Config(workdir=folder, **SMALL))
@@ -77,6 +78,7 @@ def test_digits_leaves_a_complete_folder(tmp_path):
     check_image_summary(summary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "dataset", "splits"),
     [
@@ -122,6 +124,7 @@ def test_the_kernels_made_for_one_cpu_device_are_taken_where_they_pay(
     assert choose_kernels(config) == kernels
 
 
+@pytest.mark.slow
 def test_the_first_line_says_the_kernels_and_training_calls_them(tmp_path, monkeypatch, capsys):
     called = []
 
@@ -136,6 +139,7 @@ def test_the_first_line_says_the_kernels_and_training_calls_them(tmp_path, monke
     assert said == "Training with the cpu kernels (--kernels cpu)." and called
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
     two_moons.main(moons(tmp_path / "once", num_steps=12, checkpoint_every=4))
     two_moons.main(moons(tmp_path / "twice", num_steps=6, checkpoint_every=4))
@@ -174,6 +178,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
     assert steps == list(range(100, 3001, 100))  # none twice, none missing
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_numbers_of_jit(tmp_path):
     for parallel in ("jit", "pmap"):
         # Pairing within each device's part would give other numbers.
@@ -185,6 +190,7 @@ def test_pmap_gives_the_numbers_of_jit(tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(tmp_path):
     two_moons.main(moons(tmp_path, num_steps=2))
     with pytest.raises(ValueError, match="folder has 0.002, got 0.1\n.* --workdir"):
@@ -272,6 +278,7 @@ def test_a_signal_during_the_last_save_still_ends_the_run(tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_several_steps_per_dispatch_and_fewer_devices_go_on_alike(tmp_path):
     """13 steps, cut at 5 and 10; the number of devices may change on the way."""
     flags = dict(checkpoint_every=5, steps_per_dispatch=5, num_devices=4, fsdp=2)

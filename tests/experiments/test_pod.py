@@ -66,6 +66,7 @@ def losses(folder):
     return np.array([row["loss"] for row in rows])
 
 
+@pytest.mark.slow
 def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
     folder, endless = tmp_path / "pod", ("--num-steps", "1000000", "--checkpoint-every", "20")
     pod = start_pod(folder, *endless)

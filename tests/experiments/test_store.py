@@ -18,6 +18,7 @@ def test_ways():
     assert curve.over_seeds([1.0])["standard_deviation_over_seeds"] is None
 
 
+@pytest.mark.slow
 def test_the_curve_of_another_seed_is_another(tmp_path):
     """In one store: equal seeds read what is there, another seed's noise is not taken for it."""
     model = trained.Trained("known", None, 0, {}, lambda params: lambda t, x: -x, "", True)  # pyright: ignore

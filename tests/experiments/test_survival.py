@@ -72,6 +72,7 @@ def assert_same_run(folder, other, num_steps, log_every):
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(other)]
 
 
+@pytest.mark.slow
 def test_signals_end_the_step_save_it_and_the_run_goes_on_exactly(tmp_path):
     flags = ("--num-steps", "1500", "--checkpoint-every", "100000", "--log-every", "10")
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -164,6 +165,7 @@ def test_memory_stays_constant_over_10000_steps(tmp_path, steps_per_dispatch):
     assert all(0.95 * first < size < 1.05 * first for size in later.values())
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_refused_before_training(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -174,6 +176,7 @@ def test_a_read_only_folder_is_refused_before_training(tmp_path):
     assert not (folder / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     """A disk of 3 MiB, which fills up among the checkpoints; with more room the run goes on."""
     folder = tmp_path / "disk" / "run"

@@ -147,6 +147,7 @@ def test_paths_of_the_methods():
         assert abs(np.asarray(t).mean() - 0.5) < 0.003
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_train_as_alone():
     def train(seeds):
         trains = [toy_data.split("gaussian-moons", seed, 100, 1)[0] for seed in seeds]
@@ -174,6 +175,7 @@ def tiny(workdir, **kwargs):
     return toy_table.Config(workdir=workdir, **flags | kwargs)
 
 
+@pytest.mark.slow
 def test_the_command_repeats_and_goes_on(tmp_path, capsys, monkeypatch):
     few = dict(list(toy_data.PAIRS.items())[:2])
     monkeypatch.setattr(toy_data, "PAIRS", few)

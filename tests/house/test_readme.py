@@ -63,6 +63,7 @@ def test_the_readmes_python_runs():
     assert np.isfinite(namespace["log_p"]).all() and np.mean(namespace["log_p"]) > -2.5
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # another backend would draw no inline pictures
     notebook = nbformat.read(ROOT / "experiments/notebooks/quickstart.ipynb", as_version=4)

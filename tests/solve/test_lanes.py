@@ -203,6 +203,7 @@ def shear(t, x):
     return jnp.stack([jnp.sin(x[..., 1] * 2) + x[..., 0], x[..., 0] * x[..., 1]], axis=-1)
 
 
+@pytest.mark.slow
 def test_hutchinson_probes_are_the_rows_own(x64):
     of_row = lambda row: fm.hutchinson_divergence(jax.random.fold_in(KEY, row), 2)  # noqa: E731
     per_row, x = each.PerRow(of_row), wide(X[:5])
@@ -223,6 +224,7 @@ def test_hutchinson_probes_are_the_rows_own(x64):
     np.testing.assert_allclose(estimated.mean(0), got, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_devices_run_their_own_queues(x64):
     """Eight devices give what one gives, probes included, and say so without a collective."""
     mesh, x = sharding.make_mesh(), wide(draw(32))

@@ -158,6 +158,7 @@ print("DONE")
 """
 
 
+@pytest.mark.slow
 def test_all_processes_of_a_pod_pass_over_what_one_could_not_read(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles import jit
 
+from fmjax import files
 from fmjax.training import digests, sharding
 
 DTYPES = ("float32", "float16", "bfloat16", "int32", "uint32", "int16", "int8", "uint8")
@@ -166,7 +167,7 @@ def test_hashes(tmp_path):
     content = bytes(range(256))
     (tmp_path / "file").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
-    assert digests.hash_bytes(content) == digests.hash_file(tmp_path / "file") == sha256
+    assert files.hash_bytes(content) == files.hash_file(tmp_path / "file") == sha256
     x = np.frombuffer(content, np.uint16).reshape(16, 8)
     assert digests.hash_array(x) == digests.hash_array(np.asfortranarray(x)) == sha256
     assert digests.hash_array(x[0, 0]) == hashlib.sha256(content[:2]).hexdigest()

@@ -64,7 +64,13 @@ MODELS = {"mlp": (MLP, (2,)), "unet": (UNET, (8, 8, 1))}
 
 @pytest.mark.parametrize(
     ("name", "num_devices", "fsdp"),
-    [("mlp", 8, 1), ("mlp", 8, 8), ("mlp", 8, 2), ("mlp", 4, 4), ("unet", 8, 8)],
+    [
+        ("mlp", 8, 1),
+        ("mlp", 8, 8),
+        ("mlp", 8, 2),
+        ("mlp", 4, 4),
+        pytest.param("unet", 8, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_curve_is_that_of_one_device(name, num_devices, fsdp):
     losses, _ = trained(name, num_devices, fsdp)
@@ -82,6 +88,7 @@ def test_several_steps_at_a_time_are_those_steps():
     assert int(state.step) == NUM_STEPS
 
 
+@pytest.mark.slow
 def test_a_split_state_takes_its_share_of_memory():
     _, state = trained("unet", 8, 8)
     whole = sum(x.nbytes for x in jax.tree.leaves(state))
