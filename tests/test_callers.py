@@ -332,3 +332,20 @@ def test_channels_first_are_named():
     model = models.UNet(channels=8, channel_multipliers=(1, 2), attention_resolutions=())
     with pytest.raises(ValueError, match=r"channels first.*x.transpose\(0, 2, 3, 1\)"):
         model.init(KEY, T, jnp.zeros((2, 3, 32, 32)))
+
+
+def test_old_and_new_keys_draw_the_same():
+    def drawn(key):
+        levels = jnp.arange(6, dtype=jnp.uint8).reshape(1, 6)
+        return (
+            fm.uniform(key, (5,)),
+            fm.logit_normal()(key, (5,)),
+            fm.independent(key, X, X),
+            fm.minibatch_ot(key, X, X),
+            pixels.dequantize(key, levels),
+            fm.hutchinson_divergence(key)(halve, T, X)[1],
+        )
+
+    jax.tree.map(
+        np.testing.assert_array_equal, drawn(jax.random.key(7)), drawn(jax.random.PRNGKey(7))
+    )

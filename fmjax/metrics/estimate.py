@@ -49,7 +49,8 @@ def jackknife(
       `Estimate(value, standard_error)`, in the unit of the statistic.
 
     Raises:
-      ValueError: if `num_splits < 2` or N < `num_splits`.
+      ValueError: if `num_splits < 2` or N < `num_splits`, or if `statistic` returns anything but a
+        finite real number.
 
     Example:
       >>> jackknife(np.mean, [[1.0], [2.0], [3.0], [6.0]], num_splits=2)
@@ -59,8 +60,18 @@ def jackknife(
     """
     samples = np.asarray(samples)
     groups = group_slices(len(samples), num_splits)
-    left_out = [float(statistic(np.delete(samples, group, axis=0))) for group in groups]
-    return Estimate(float(statistic(samples)), jackknife_error(left_out))
+    left_out = [_figure(statistic, np.delete(samples, group, axis=0)) for group in groups]
+    return Estimate(_figure(statistic, samples), jackknife_error(left_out))
+
+
+def _figure(statistic: Callable[[np.ndarray], float], samples: np.ndarray) -> float:
+    value = np.asarray(statistic(samples))
+    if value.shape or value.dtype.kind not in "iuf" or not np.isfinite(value):
+        raise ValueError(
+            f"statistic must return one finite real number; got {value.dtype}{list(value.shape)}, "
+            f"{value}. For several figures call jackknife for each."
+        )
+    return float(value)
 
 
 def jackknife_error(left_out: Sequence[float]) -> float:
@@ -75,9 +86,9 @@ def group_slices(num_samples: int, num_splits: int, min_size: int = 1) -> list[s
     Raises:
       ValueError: if there are fewer than two groups, or one has fewer than `min_size` samples.
     """
-    if num_splits < 2:
+    if not (num_splits >= 2 and num_splits % 1 == 0):
         raise ValueError(
-            f"An error needs at least two groups; got num_splits={num_splits}. Usual is 10."
+            f"An error needs two or more groups; got num_splits={num_splits}, usual is 10."
         )
     if num_samples < min_size * num_splits:
         raise ValueError(

@@ -51,7 +51,7 @@ def polynomial_kernel(degree: int = 3) -> Kernel:
 
     Source: arXiv 1801.01401, section 3.
     """
-    if degree < 1 or degree != int(degree):
+    if not (degree >= 1 and degree % 1 == 0):  # a NaN fails both
         raise ValueError(f"degree must be a positive integer; got {degree}. KID uses 3.")
 
     def kernel(x: np.ndarray, y: np.ndarray, /) -> np.ndarray:

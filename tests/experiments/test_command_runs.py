@@ -9,6 +9,7 @@ import sys
 import time
 
 import on_a_full_disk
+import pytest
 from commands import end, one_line
 
 import fmjax as fm

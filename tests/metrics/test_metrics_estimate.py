@@ -50,6 +50,28 @@ def test_bad_features_and_splits_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("statistic", "got"),
+    [
+        (lambda x: x.mean(axis=0), r"float64\[1\]"),
+        (lambda x: np.nan, "nan"),
+        (lambda x: 1j, "complex"),
+        (lambda x: None, "object"),
+    ],
+)
+def test_a_statistic_is_one_finite_real_number(statistic, got):
+    with pytest.raises(ValueError, match=f"statistic must return one finite real.*{got}"):
+        metrics.jackknife(statistic, np.zeros((4, 1)), num_splits=2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0, -1, 2.5])
+def test_counts_are_whole_numbers(bad):
+    with pytest.raises(ValueError, match="degree must be a positive integer"):
+        metrics.polynomial_kernel(bad)
+    with pytest.raises(ValueError, match="two or more groups"):
+        metrics.jackknife(np.mean, np.zeros((4, 1)), num_splits=bad)
+
+
 @pytest.mark.parametrize("name", ["estimate", "frechet", "kernel", "scores", "transport"])
 def test_docstring_examples_run(name):
     done = doctest.testmod(importlib.import_module(f"fmjax.metrics.{name}"))

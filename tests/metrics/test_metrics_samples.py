@@ -268,3 +268,14 @@ def test_bad_input_is_refused():
         metrics.inception_score(x, num_splits=1)
     with pytest.raises(ValueError, match="4 of 4 rows"):
         metrics.inception_score(nan, num_splits=2)
+
+
+def test_equal_rows_are_no_trouble_and_equal_samples_are_at_chance():
+    rng = np.random.default_rng(5)
+    x, same = rng.standard_normal((64, 2)), np.ones((64, 2))
+    assert metrics.wasserstein2(x, x) == 0 and metrics.wasserstein2(same, same) == 0
+    np.testing.assert_allclose(metrics.wasserstein2(same, same + 3), np.sqrt(18), rtol=1e-12)
+    assert metrics.squared_mmd(same, same, CUBIC) == 0
+    twice = metrics.squared_mmd(x, rng.permutation(x), CUBIC)  # unbiased, so at most 0 here
+    assert -0.5 < twice <= 0
+    assert metrics.frechet_distance(metrics.moments(x), metrics.moments(x)) < 1e-12
