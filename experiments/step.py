@@ -69,8 +69,12 @@ def init_state(
     def init(key: jax.Array) -> training.TrainState:
         return training.init_train_state(init_params(key), tx)
 
-    shardings = sharding.state_sharding(jax.eval_shape(init, key), mesh(config))
-    return jax.jit(init, out_shardings=shardings)(key)
+    devices = mesh(config)
+    shardings = sharding.state_sharding(jax.eval_shape(init, key), devices)
+    # It runs once: on a CPU, to optimise it would take longer than many steps.
+    on_cpu = devices.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 
 def make_steps(

@@ -72,6 +72,7 @@ def test_what_a_velocity_must_return(name, what):
         TAKE_A_VELOCITY[name](velocity)
 
 
+@pytest.mark.slow
 @every_taker
 def test_another_floating_dtype_and_numpys_arrays_will_do(name):
     half, own, zero = jit(
@@ -262,6 +263,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARRAYS)
 def test_lists_and_numpys_arrays_are_taken_alike_and_without_warnings(name):
     x = [[0.5, -0.25], [0.75, 0.125]]
@@ -315,6 +317,7 @@ def test_a_mesh_with_explicit_axes_is_named(name):
         ARRAYS[name](jax.device_put(np.ones((4, 2), np.float32), whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 2), (1, 2), (3,), (2, 1), (2, 2, 2)])
 def test_small_batches_and_events(shape):
     x = jnp.ones(shape)

@@ -107,6 +107,7 @@ def test_theorem_2():
     assert standard_errors_apart(sample._replace(u_t=1.1 * sample.u_t)).max() > 5
 
 
+@pytest.mark.slow
 def test_the_target_divided_by_t_is_wrong():
     """N(0, 1) to N(2, 1/4): the least-squares velocity, linear in x at each of 40 times, solved.
 

@@ -62,6 +62,7 @@ def test_dispatches_are_the_steps_in_order_and_cut_where_checkpoints_are(
     np.testing.assert_array_equal(rows, np.stack(list(batches)))
 
 
+@pytest.mark.slow
 @few
 @given(shape=SHAPES, dtype=FLOATS, batched=st.booleans(), seed=st.integers(0, 99))
 def test_paths_keep_shape_and_dtype_and_a_batch_is_its_examples(shape, dtype, batched, seed):
@@ -80,6 +81,7 @@ def test_paths_keep_shape_and_dtype_and_a_batch_is_its_examples(shape, dtype, ba
     assert loss.shape == shape[:1]
 
 
+@pytest.mark.slow
 @few
 @given(levels=st.integers(2, 256), seed=st.integers(0, 99), shape=SHAPES)
 def test_quantize_undoes_dequantize(levels, seed, shape):
@@ -89,6 +91,7 @@ def test_quantize_undoes_dequantize(levels, seed, shape):
     np.testing.assert_array_equal(back, v)
 
 
+@pytest.mark.slow
 @few
 @given(n=st.integers(1, 12), dim=st.integers(1, 5), dtype=FLOATS, seed=st.integers(0, 99))
 def test_pairing_permutes_and_never_costs_more_than_the_pairs_drawn(n, dim, dtype, seed):
@@ -105,6 +108,7 @@ def test_pairing_permutes_and_never_costs_more_than_the_pairs_drawn(n, dim, dtyp
     assert cost(paired) <= cost(x0) * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @few
 @given(
     steps=st.integers(1, 6), size=st.integers(1, 5), dtype=st.sampled_from(["float32", "bfloat16"])

@@ -38,8 +38,8 @@ class MLP(nn.Module):
 
     Example:
       >>> model = MLP(features=(64, 64))
-      >>> params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 2)))
-      >>> model.apply(params, jnp.array(0.5), jnp.zeros((8, 2))).shape
+      >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 2)))
+      >>> jax.jit(model.apply)(params, jnp.array(0.5), jnp.zeros((8, 2))).shape
       (8, 2)
     """
 

@@ -57,8 +57,9 @@ class UNet(nn.Module):
 
     Example:
       >>> model = UNet(channels=16, channel_multipliers=(1, 2), attention_resolutions=(4,))
-      >>> params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 8, 8, 3)))
-      >>> model.apply(params, jnp.array(0.5), jnp.zeros((2, 8, 8, 3))).shape
+      >>> t, x = jnp.zeros(()), jnp.zeros((2, 8, 8, 3))
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), t, x)  # or jax.jit(model.init)(...)
+      >>> jax.eval_shape(model.apply, params, t, x).shape
       (2, 8, 8, 3)
     """
 

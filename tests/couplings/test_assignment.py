@@ -113,6 +113,7 @@ def test_bounds_are_measured_until_the_optimum_is_certain(margin):
         assert 60 <= sum(measured) <= 1800
 
 
+@pytest.mark.slow
 def test_jit_eager_vmap_and_scan_agree():
     stack = jnp.asarray(np.random.default_rng(1).standard_normal((3, 9, 9)), jnp.float32)
     want = np.stack([assignment.optimal_assignment(cost) for cost in stack])
@@ -128,6 +129,7 @@ def test_only_square_matrices(shape):
         assignment.optimal_assignment(jnp.zeros(shape))
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     """A callback that waits for the runtime's threads would stop here, with all devices busy."""
     whole = sharding.replicated(sharding.make_mesh())

@@ -210,6 +210,7 @@ def test_integers_are_refused():
         fm.minibatch_ot(KEY, x0, x1.astype(jnp.int32))
 
 
+@pytest.mark.slow
 def test_vmap_of_minibatch_ot_is_its_loop():
     x0, x1 = draw((3, 12, 2))
     want = np.stack([fm.minibatch_ot(KEY, *pair) for pair in zip(x0, x1, strict=True)])
@@ -217,6 +218,7 @@ def test_vmap_of_minibatch_ot_is_its_loop():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constrained", [True, False])
 def test_minibatch_ot_on_a_mesh(constrained):
     mesh = sharding.make_mesh()

@@ -56,6 +56,7 @@ def log_weights(log_prob, dequantizer, images, num_draws):
     return jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(KEY, num_draws))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [dequantization.uniform_dequantizer, dequantization.truncated_normal_dequantizer]
 )
@@ -98,6 +99,7 @@ def test_draws_stay_in_their_box_and_have_the_density_that_is_claimed(name, num_
     np.testing.assert_allclose(log_q, law.logpdf(u) + np.log(num_levels / 2), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_bits_per_dim_agree_with_the_truth():
     """Levels much narrower than the density: no gap to speak of, one draw is enough."""
     images, flow = images_and_flow(400, std_in_levels=12.0)
@@ -119,6 +121,7 @@ def diagonal_trace(velocity, t, x):
     return u, slope.sum((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEQUANTIZERS)
 def test_the_bound_tightens_with_draws_and_holds(name):
     """Levels as wide as two thirds of the density's standard deviation, where the gap shows.
@@ -168,6 +171,7 @@ def correlated_flow(rng):
     return velocity, mean, (rotation * std) @ rotation.T, std
 
 
+@pytest.mark.slow
 def test_hutchinson_agrees_with_exact_and_its_intervals_cover():
     """On 3x8x8 images: 200 repetitions of 32 images, one probe, one draw each.
 

@@ -97,7 +97,7 @@ def test_no_two_seeds_are_the_same():
     with pytest.raises(ValueError, match="--seed must be in 0..1073741823; got 1073741824"):
         two_moons.main(two_moons.Config(seed=2**30))
     two_moons.moons(2, 0.0, 2**31 + 2 * (2**30 - 1) + 1)  # an evaluation's last
-    for seeds, rule in (((-1,), "lie in"), ((3, 3), "be different"), ((), "be different.*none")):
+    for seeds, rule in (((-1,), "be in"), ((3, 3), "be different"), ((), "be different.*none")):
         with pytest.raises(ValueError, match=f"--seeds must {rule}"):
             check_seeds("seeds", seeds)
 

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MOONS = "--batch-size 64 --model.features 16 --num-samples 20 --log-every 1 --num-steps 2".split()
 
 
+@pytest.mark.slow
 def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path, monkeypatch):
     """No standard error of one; `--traceback` is not recorded, and may come and go."""
     for name in ("integrate", "integrate_log_prob", "log_prob"):  # no solve is compiled

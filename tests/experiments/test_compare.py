@@ -171,6 +171,7 @@ def test_with_the_examples_last_the_network_is_the_same():
     np.testing.assert_allclose(last.apply(params, t, x), first.apply(params, t, x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_whose_numbers_are_drawn_at_once_are_the_single_ones():
     state, step = fm_mlp.make_step(fm_mlp.MLP(examples_last=True))
     key = jax.random.key(1)

@@ -28,6 +28,9 @@ def train(folder, **kwargs):
         return encoder.main(config)
 
 
+pytestmark = pytest.mark.slow  # nearly all need one that was trained
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A trained encoder's folder, not to be changed."""

@@ -35,6 +35,7 @@ from experiments.images import UNetConfig
 from experiments.run import Run
 from fmjax.data import pixels
 
+pytestmark = pytest.mark.slow  # all evaluate runs
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -124,7 +125,6 @@ def evaluated(folders):
     return run, evaluate.main(config(folders, run))
 
 
-@pytest.mark.slow
 def test_images(evaluated):
     run, result = evaluated
     folder = run / "evaluation"
@@ -149,7 +149,6 @@ def test_images(evaluated):
     assert result["protocol"]["device_count"] == 8
 
 
-@pytest.mark.slow
 def test_the_bound_is_that_of_a_direct_solve(folders, evaluated):
     """The stored log-weights, against a solve with the keys as the module states them."""
     run, result = evaluated
@@ -181,7 +180,6 @@ def test_a_second_run_gives_the_same_numbers(folders, evaluated):
     assert figures(evaluate.main(config(folders, run))) == figures(result)
 
 
-@pytest.mark.slow
 def test_nothing_is_computed_twice(folders, evaluated):
     run, result = evaluated
     again = evaluate.main(config(folders, run))
@@ -196,7 +194,6 @@ def test_nothing_is_computed_twice(folders, evaluated):
     )
 
 
-@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
     _, result = evaluated
     run = shutil.copytree(folders / "digits", folders / "killed")
@@ -229,7 +226,6 @@ def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
     assert figures(resumed) == figures(result)
 
 
-@pytest.mark.slow
 def test_the_plane(folders):
     run = folders / "two_moons"
     result = evaluate.main(config(folders, run, **PLANE))

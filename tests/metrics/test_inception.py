@@ -201,6 +201,7 @@ RECORDED = {
 }
 
 
+@pytest.mark.slow
 @both_protocols
 def test_features_are_the_recorded_ones(encoder, protocol):
     """Printed by torch-fidelity and torchmetrics for the same weights, so that the network is

@@ -315,6 +315,7 @@ def test_groups_divide_the_channels_and_are_never_single_channels():
         assert groups == 1 or channels // groups >= 4
 
 
+@pytest.mark.slow
 def test_the_kernels_of_a_cpu_give_the_same_numbers():
     """The same parameters, the same velocity and gradient to rounding, where they do run."""
     model = models.UNet(channels=64, channel_multipliers=(1, 1), num_res_blocks=1, head_channels=32)

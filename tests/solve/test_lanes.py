@@ -69,6 +69,7 @@ def alone():
     return np.stack([s.x[-1, 0] for s in solved]), in_a_lane(num_evaluations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [(2,), (4, 4, 2)])
 def test_gaussian_to_gaussian(event):
     flow = gaussian_flow(event)
@@ -83,6 +84,7 @@ def test_gaussian_to_gaussian(event):
     np.testing.assert_allclose(jit(log_prob)(x1), flow.log_prob(1.0, x1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_lanes", [None, 1, 3, 13, 40])
 def test_as_if_alone(num_lanes, x64):
     """The same steps as at batch 1, for every number of lanes, in jit and without."""
@@ -98,6 +100,7 @@ def test_as_if_alone(num_lanes, x64):
         np.testing.assert_allclose(solve(wide(X)).x, got.x, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers_and_controllers_step_as_diffrax_does(name, x64):
     """PI control and times to step on; with the last stage reused (Tsit5) and without."""
@@ -152,6 +155,7 @@ class Counter:
         self.count += len(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_lanes", [1, 3, 13])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_num_calls_is_the_number_of_calls(name, num_lanes):
@@ -245,6 +249,7 @@ def test_devices_run_their_own_queues(x64):
     np.testing.assert_allclose(got, jit(log_prob)(x, rows), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_dtypes(x64):
     """Solved in at least float32, in the dtype of x0 above it, and given back in that of x0."""
     for dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
@@ -276,6 +281,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("num_lanes", [1, 3, 7])
 def test_failures_name_the_row_and_the_time(name, num_lanes):
@@ -287,6 +293,7 @@ def test_failures_name_the_row_and_the_time(name, num_lanes):
     assert np.isfinite(solve(jnp.zeros((7, 2)))).all()
 
 
+@pytest.mark.slow
 def test_failures_name_the_row_of_the_whole_batch_and_backwards_the_time():
     x, rows = jnp.zeros((3, 2)).at[1].set(2.0), jnp.array([40, 11, 12], jnp.int32)
     velocity = lambda t, x: bad_inside(jnp.nan)(1 - t, x)  # noqa: E731
@@ -294,6 +301,7 @@ def test_failures_name_the_row_of_the_whole_batch_and_backwards_the_time():
         each.sample_each(velocity, x, t0=1.0, t1=0.0, rows=rows)
 
 
+@pytest.mark.slow
 def test_what_succeeds_is_kept_where_others_fail(x64):
     """Rows 2 and 9 end in a pole at t = 1 / x; all others are as if these were not there."""
     x0 = wide(X[:, :1]).clip(-0.9, 0.9).at[2].set(2.0).at[9].set(4.0)
@@ -308,6 +316,7 @@ def test_what_succeeds_is_kept_where_others_fail(x64):
     np.testing.assert_array_equal(attempts.num_evaluations[~bad], alone.num_evaluations)
 
 
+@pytest.mark.slow
 def test_jump_times_are_stepped_to_and_counted():
     jumps = diffrax.ClipStepSizeController(FINE, jump_ts=jnp.array([0.5]))
     counter = Counter(lambda t, x: jnp.where(t < 0.5, -1.0, 1.0) * x)

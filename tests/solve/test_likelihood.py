@@ -203,6 +203,7 @@ def test_dtypes():
     np.testing.assert_allclose(own, -(x**2).sum(1) / 2 - np.log(2 * np.pi) + 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 64, 3072])
 def test_the_log_determinant_is_as_good_in_any_dimension(dim):
     """x stays at 0 and div v = 20 D cos(20 t): among D errors of x the integral's own counts."""

@@ -109,6 +109,7 @@ def test_num_evaluations_is_the_number_of_calls(name, adaptive):
         assert got == {"euler": 10, "heun": 20, "midpoint": 20, "tsit5": 61, "dopri5": 61}[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS_OF_DIFFRAX, ids=lambda s: type(s).__name__)
 def test_evaluations_with_rejected_first_steps_are_counted(solver):
     """A first step rejected again and again evaluates its first stage each time, FSAL or not."""
@@ -331,6 +332,7 @@ def test_a_failure_under_grad_is_named():
         jax.block_until_ready(jit(jax.grad(lambda x: fm.sample(velocity, x).sum()))(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1e-2, 1e-6])
 @pytest.mark.parametrize("solve", [fm.sample, each.sample_each])
 def test_a_short_interval_is_no_stall(length, solve):
@@ -358,6 +360,7 @@ def test_fine_structure_near_the_start_is_no_stall(solve):
 TRACED = {"adaptive": {}, "equal steps": {"num_steps": 16}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
 def test_ends_may_be_traced(name):
     """dx/dt = -x / 2: under jit, vmap and grad, in both ends, forwards and backwards."""
@@ -398,6 +401,7 @@ def test_gradients_in_ts_are_the_velocity():
     np.testing.assert_allclose(got, want, rtol=1e-3)  # the slope of an interpolant
 
 
+@pytest.mark.slow
 def test_backsolve_adjoint():
     """Diffrax's adjoints pass through: the gradient by solving back in time."""
     adjoint = diffrax.BacksolveAdjoint()

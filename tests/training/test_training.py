@@ -257,7 +257,7 @@ def test_what_is_no_tree_of_floats_or_no_transformation_is_refused():
 def test_adams_bounds(how):
     with pytest.raises(ValueError, match=f"{list(how)[-1]} must be"):
         training.adam(**how)
-    with pytest.raises(ValueError, match="ema_decay must lie"):
+    with pytest.raises(ValueError, match="ema_decay must be"):
         training.make_train_step(linear_loss, optax.sgd(0.1), ema_decay=np.nan)
 
 
