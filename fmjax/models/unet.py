@@ -57,8 +57,8 @@ class UNet(nn.Module):
 
     Example:
       >>> model = UNet(channels=16, channel_multipliers=(1, 2), attention_resolutions=(4,))
-      >>> t, x = jnp.zeros(()), jnp.zeros((2, 8, 8, 3))
-      >>> params = jax.eval_shape(model.init, jax.random.key(0), t, x)  # or jax.jit(model.init)(...)
+      >>> t, x = jnp.zeros(()), jnp.zeros((2, 8, 8, 3))  # to have the arrays: jax.jit(model.init)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), t, x)
       >>> jax.eval_shape(model.apply, params, t, x).shape
       (2, 8, 8, 3)
     """
