@@ -37,6 +37,7 @@ def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path, mon
     assert "traceback" not in (folder / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_and_other_flags_are_one_message(capsys, tmp_path, monkeypatch):
     args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
     monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})

@@ -28,6 +28,7 @@ def measure(folder, images, velocity, divergence, num_draws, name="exact"):
     return densities.measure(how, model, dataset, store.Store(folder, "log_prob", how.settings), 0)
 
 
+@pytest.mark.slow
 def test_the_table_agrees_with_the_truth(tmp_path):
     """200 images of 192 independent pixels: 0.001 bits/dim is three times what the draws leave."""
     images, flow = images_and_flow(200, std_in_levels=12.0)

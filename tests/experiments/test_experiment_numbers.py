@@ -67,6 +67,7 @@ def recovered(flags, images):
     return [f(path, drawn.t, drawn.x_t, drawn.u_t) for f in (fm.velocity_to_x0, fm.velocity_to_x1)]
 
 
+@pytest.mark.slow
 def test_the_coupling_flag():
     images = load(config(), "train[:32]").images
     for coupling, optimal in (("independent", False), ("minibatch_ot", True)):
@@ -76,6 +77,7 @@ def test_the_coupling_flag():
         assert (rows == columns).all() == optimal
 
 
+@pytest.mark.slow
 def test_the_flip_flag():
     images = load(config(), "train[:64]").images
     x1 = np.asarray(pixels.quantize(recovered({"flip": True}, images)[1], 17)).astype(int)
@@ -84,6 +86,7 @@ def test_the_flip_flag():
     assert (straight | mirrored).all() and 16 <= mirrored.sum() <= 48  # four standard deviations
 
 
+@pytest.mark.slow
 def test_the_times_flag():
     images = load(config(), "train[:1000]").images
     means = {

@@ -344,6 +344,7 @@ def test_bad_data_and_sizes_are_refused_before_training(tmp_path, change, messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_flags_read_well_and_a_misspelt_one_is_refused_with_a_suggestion():
     command = [sys.executable, "-m", "experiments.digits"]
     options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})

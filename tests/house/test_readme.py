@@ -49,6 +49,7 @@ def test_every_link_leads_somewhere(path):
             }
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert blocks

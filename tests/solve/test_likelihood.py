@@ -169,6 +169,7 @@ def test_another_source():
     np.testing.assert_allclose(got, [-np.log(16), -np.inf, -np.log(16)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_log_prob(x64):
     """In the data: the score, in closed form. In a parameter and in the data: differences."""
     flow = gaussian_flow((2,), sigma_min=0.1)
@@ -230,6 +231,7 @@ def test_the_log_determinant_is_as_good_in_any_dimension(dim):
         np.testing.assert_allclose(log_p - source, -log_det, rtol=5e-5)
 
 
+@pytest.mark.slow
 def test_kinked_activations_want_dopri5():
     """What the docstring of `log_prob` says, counted on a network of SELUs."""
     weights = [0.9 * draw(shape, seed) for seed, shape in enumerate([(3, 32), (32, 32), (32, 2)])]
@@ -311,6 +313,7 @@ def test_errors():
         jax.block_until_ready(jit(lambda x: fm.log_prob(rotate, x, max_steps=2))(x))
 
 
+@pytest.mark.slow
 def test_estimates_side_by_side():
     """Each probe's own log-density; their mean is what `hutchinson_divergence` gives."""
     x = draw((3, 5))

@@ -155,6 +155,7 @@ def test_the_jump_makes_rejected_steps():
     assert rejected(X) >= 3
 
 
+@pytest.mark.slow
 def test_trajectories_in_both_directions():
     ts = jnp.array([0.0, 0.13, 0.5, 0.77, 1.0])
     forwards = jit(lambda x: fm.integrate(growth, x, ts=ts, stepsize_controller=FINE))(X)
@@ -198,6 +199,7 @@ def test_a_grid_of_ones_own():
     assert got.num_evaluations == 3
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_sample_agree():
     def one(x):
         return fm.sample(curved, x, num_steps=4)
@@ -209,6 +211,7 @@ def test_jit_vmap_and_sample_agree():
     np.testing.assert_allclose(eager, curved_flow(1.0, x0), rtol=5e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_solved_in_float32():
     seen = set()
 
@@ -224,6 +227,7 @@ def test_bfloat16_is_solved_in_float32():
     np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_float32_stays_float32_under_x64(x64):
     """In the result, and in what the velocity is given, by fixed and by adaptive steps."""
     for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.float64, 1e-8)):
@@ -326,6 +330,7 @@ def test_failures_backwards_in_time():
         jax.block_until_ready(jit(jax.vmap(lambda x: solve(x[None])))(X))
 
 
+@pytest.mark.slow
 def test_a_failure_under_grad_is_named():
     velocity = bad_after(0.374, jnp.nan)
     with pytest.raises(RuntimeError, match=r"stopped at t = 0\.374"):
@@ -392,6 +397,7 @@ def test_ends_of_each_may_be_traced():
         np.testing.assert_allclose(solve(t0, t1), want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_in_ts_are_the_velocity():
     """At both ends too, where a clip would halve them."""
     ts = jnp.array([0.0, 0.5, 1.0])
@@ -410,6 +416,7 @@ def test_backsolve_adjoint():
     np.testing.assert_allclose(jit(jax.grad(total))(X), want, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"num_steps": 8}, {"stepsize_controller": FINE}])
 def test_gradients_in_a_parameter_and_in_x0(how):
     """x_1 = x_0 exp(a sin 1) has the derivatives sin(1) x_1 and exp(a sin 1)."""

@@ -62,14 +62,17 @@ def trained(name, num_devices, fsdp):
 MODELS = {"mlp": (MLP, (2,)), "unet": (UNET, (8, 8, 1))}
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "num_devices", "fsdp"),
     [
-        ("mlp", 8, 1),
-        ("mlp", 8, 8),
+        slow("mlp", 8, 1),
+        slow("mlp", 8, 8),
         ("mlp", 8, 2),
-        ("mlp", 4, 4),
-        pytest.param("unet", 8, 8, marks=pytest.mark.slow),
+        slow("mlp", 4, 4),
+        slow("unet", 8, 8),
     ],
 )
 def test_the_loss_curve_is_that_of_one_device(name, num_devices, fsdp):
