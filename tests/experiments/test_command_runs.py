@@ -91,8 +91,11 @@ def test_ctrl_c_before_and_in_training_and_in_writing(tmp_path, capsys, monkeypa
 def test_ctrl_c_while_compiling_in_a_process_of_its_own(tmp_path):
     args = ["--workdir", str(tmp_path / "run"), *MOONS, "--eval-examples", "8"]
     environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "nothing compiled yet")}
+    # A process that is started in the background ignores SIGINT, and so would those that it starts.
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_module('experiments.two_moons', run_name='__main__', alter_sys=True)"
     with subprocess.Popen(
-        [sys.executable, "-m", "experiments.two_moons", *args],
+        [sys.executable, "-c", code, *args],
         cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
