@@ -101,9 +101,13 @@ def matrix_peak(precision: str, on_cpu: bool, repetitions: int) -> float:
 
 def model_flops(model: models.UNet) -> float:
     """FLOPs of the forward pass of one 32x32x3 image, as XLA counts the program as written."""
-    x = jnp.zeros((1, 32, 32, 3))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1), x)
-    cost: Any = jax.jit(model.apply).lower(params, jnp.zeros(1), x).cost_analysis()
+    t, x = (
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+        jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0), t, x)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU's client has no count
+        cost: Any = jax.jit(model.apply).lower(params, t, x).cost_analysis()
     return cost["flops"]
 
 

@@ -107,11 +107,17 @@ RANGES += ["tiny", "huge", "mixed scales", "apart", "duplicates"]
 @pytest.mark.parametrize("dim", [2, 50])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_minibatch_ot_is_exact_whatever_the_range(name, dim, dtype):
-    """The cost of SciPy's assignment on float64 distances of the numbers given."""
+    """The cost of SciPy's assignment on float64 distances of the numbers given.
+
+    On a GPU or TPU in float32, to that dtype's rounding of the largest cost, as the docstring says.
+    """
     with jax.enable_x64(dtype == np.float64), jax.numpy_dtype_promotion("standard"):
         x0, x1 = (jnp.asarray(x, dtype) for x in points(name, dim))
         paired = jax.jit(fm.minibatch_ot)(KEY, x0, x1)
-    np.testing.assert_allclose(cost_of(paired, x1), optimum(x0, x1), rtol=1e-12)
+    least = optimum(x0, x1)
+    coarse = jax.default_backend() != "cpu" and dtype == np.float32
+    rounding = 1e-5 * squared_distances(x0, x1).max() if coarse else 0
+    np.testing.assert_allclose(cost_of(paired, x1), least, rtol=1e-12, atol=rounding)
 
 
 def test_device_code_holds_no_callback():
