@@ -2,9 +2,9 @@
 
     python -m experiments.cifar10
 
-Made for a GPU or a TPU, on which nobody has run it yet: what the defaults reach is not known. A
-small network on two cores takes 12 minutes for 600 steps; its flags and figures are in
-experiments/benchmarks/results.
+Made for a GPU or a TPU; what the defaults reach after their 400,000 steps is not known. 4,000 steps
+took 2.3 minutes on one H200, a small network's 600 steps 12 minutes on two cores; flags and figures
+are in experiments/benchmarks/results.
 """
 
 import dataclasses

@@ -98,6 +98,8 @@ def test_the_results_are_those_of_the_recorded_runs():
         key = "bits_per_dim" if "bits_per_dim" in summary else "log_likelihood"
         figure = f"{summary[key]:.2f} ± {summary[f'{key}_standard_error']:.2f}"
         minutes = f"{summary['wall_seconds'] / 60:.1f} min"
+        kind = summary["device"]["device_kind"]
+        minutes += "" if kind == "cpu" else f", {kind.removeprefix('NVIDIA ')}"
         cells = [cell.strip() for cell in rows[name].split("|")]
         assert cells[1:] == [
             f"{summary['step']:,}",
