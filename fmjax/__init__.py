@@ -2,7 +2,11 @@
 
 from .couplings import independent as independent
 from .couplings import minibatch_ot as minibatch_ot
+from .guidance import autoguidance as autoguidance
+from .guidance import batched_guidance as batched_guidance
 from .guidance import classifier_free_guidance as classifier_free_guidance
+from .guidance import drop_labels as drop_labels
+from .guidance import guidance_interval as guidance_interval
 from .losses import cfm_loss as cfm_loss
 from .paths import AffinePath as AffinePath
 from .paths import cond_ot as cond_ot
@@ -39,3 +43,4 @@ from .types import PathSample as PathSample
 from .types import SourceLogProb as SourceLogProb
 from .types import TimeSampler as TimeSampler
 from .types import Velocity as Velocity
+from .types import per_example as per_example

@@ -234,7 +234,7 @@ def checked(
       ValueError: here, if `velocity` can't be called or is a Flax model without its parameters; by
         the velocity, as `returned` does, and if it maps over a time that is one for all.
     """
-    _check_velocity(velocity, what)
+    check_velocity(what, velocity)
 
     def call(t: jax.Array, x: jax.Array) -> jax.Array:
         try:
@@ -252,9 +252,41 @@ def checked(
     return call
 
 
-def _check_velocity(velocity: Any, what: str) -> None:
+def per_example(model: Callable[[jax.Array, jax.Array], Any]) -> Velocity:
+    """A velocity from a model written for one example, such as one of Equinox.
+
+    Args:
+      model: `(t, x) -> u` for t `[]` and x `[*event]`, without a batch.
+
+    Returns:
+      A velocity `(t, x) -> u` for x `[batch, *event]`, and t `[]`, a solver's time that is one for
+      all, or `[batch]`.
+
+    Raises:
+      ValueError: if `model` can't be called; by the velocity, if it returns another shape than that
+        of one example, and as `broadcast_time` does.
+
+    Example:
+      >>> per_example(lambda t, x: t * x)(jnp.array(2.0), jnp.ones((3, 1))).shape
+      (3, 1)
+    """
+    check_velocity("model", model)
+
+    def velocity(t: jax.Array, x: jax.Array) -> jax.Array:
+        broadcast_time(t, x)  # refuses another shape
+
+        def one(t: jax.Array, x: jax.Array) -> jax.Array:
+            return returned("model", model(t, x), np.shape(x), "It must be that of one example.")
+
+        return jax.vmap(one, in_axes=(0 if np.ndim(t) else None, 0))(t, x)
+
+    return velocity
+
+
+def check_velocity(what: str, velocity: Any, form: str = "(t, x) -> u") -> None:
+    """Refuses what can't be called, and a Flax model without its parameters."""
     if not callable(velocity):
-        raise ValueError(f"{what} must be a function (t, x) -> u; got {kind(velocity)}.")
+        raise ValueError(f"{what} must be a function {form}; got {kind(velocity)}.")
     function: Any = velocity
     while not hasattr(function, "__self__") and hasattr(function, "__wrapped__"):
         function = function.__wrapped__  # jax.jit's, say

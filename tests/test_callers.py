@@ -47,6 +47,10 @@ TAKE_A_VELOCITY = {
     "hutchinson_divergence": lambda v: fm.hutchinson_divergence(KEY)(v, T, X),
     "conditional": lambda v: fm.classifier_free_guidance(v, halve, 2.0)(T, X),
     "unconditional": lambda v: fm.classifier_free_guidance(halve, v, 2.0)(T, X),
+    "guided": lambda v: fm.guidance_interval(v, halve, 0.2, 0.8)(T, X),
+    "plain": lambda v: fm.guidance_interval(halve, v, 0.2, 0.8)(T, X),
+    "main": lambda v: fm.autoguidance(v, halve, 2.0)(T, X),
+    "bad": lambda v: fm.autoguidance(halve, v, 2.0)(T, X),
 }
 every_taker = pytest.mark.parametrize("name", TAKE_A_VELOCITY)
 

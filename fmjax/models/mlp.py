@@ -1,14 +1,17 @@
-"""A multilayer perceptron over vectors, conditioned on time and perhaps on a class.
+"""Multilayer perceptrons over vectors, conditioned on time and perhaps on a class or on numbers.
 
-    h_1 = act(W_1 x + V embedding(t) + E[label] + b_1),  h_n = act(W_n h_{n-1} + b_n),
-    u = W h_N + b
+    h_1 = act(W_1 x + V embedding(t) + C + b_1),  h_n = act(W_n h_{n-1} + b_n),  u = W h_N + b
+
+with C = E[label] for a class, or a matrix times the numbers of a condition.
 
 Time enters through sines and cosines, as in Ho et al. (2020, arXiv 2006.11239), at angular
 frequencies from 1 to 30 per unit of t. They tell hundredths of [0, 1] apart and leave the velocity
 smooth in t; frequencies up to 1000 would cost an adaptive solver many more steps.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fmjax.models.layers import Dtypes, class_indices, time_embedding
-from fmjax.types import broadcast_time
+from fmjax.types import as_floating, broadcast_time, wider
 
 
 class MLP(nn.Module):
@@ -75,27 +78,116 @@ class MLP(nn.Module):
           ValueError: x, t or labels of a wrong shape or dtype; labels without num_classes; a
             concrete label out of range; no hidden layer.
         """
-        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating) or not self.features:
-            raise ValueError(
-                "MLP takes floating vectors [batch, dim] and has at least one hidden layer; got "
-                f"x {x.dtype} {x.shape} and features={tuple(self.features)}. A single vector "
-                "needs x[None], and an image x.reshape(batch, -1) or models.UNet."
-            )
-        if self.time_features < 2:
-            raise ValueError(f"time_features must be at least 2; got {self.time_features}.")
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
-        dtypes = Dtypes(dtype=dtype, param_dtype=self.param_dtype)
-        t = broadcast_time(t, x).reshape(-1)
-        emb = time_embedding(t, self.time_features, highest=30.0, lowest=1.0).astype(dtype)
-        # Apart from x, so that a scalar time is multiplied once and a Jacobian skips it.
-        emb = nn.Dense(self.features[0], use_bias=False, name="time", **dtypes)(emb)
+        _check(self, x)
         indices = class_indices(labels, x.shape[0], self.num_classes)
+        emb, dtypes = _embedded_time(self, t, x)
         if self.num_classes is not None and indices is not None:
             table = nn.Embed(self.num_classes + 1, self.features[0], name="label", **dtypes)
             emb = emb + table(indices)
-        h = x
-        for layer, width in enumerate(self.features):
-            h = nn.Dense(width, **dtypes)(h)
-            h = self.activation(h + emb if layer == 0 else h)
-            h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-        return nn.Dense(x.shape[-1], **dtypes)(h).astype(x.dtype)
+        return _layers(self, x, emb, dtypes, deterministic)
+
+
+class ConditionalMLP(nn.Module):
+    """A velocity over vectors under a condition: `model.apply(params, t, x, condition) -> u`.
+
+    The condition is an array or any pytree of arrays, one row for each of x. For guidance train
+    with `fm.drop_labels` on a null that no condition takes: zeros beside a leaf that says whether
+    the condition is known, {"value": [batch, 3], "known": [batch]} say.
+
+    Attributes:
+      features: widths of the hidden layers, at least one.
+      activation: of the hidden layers; see `MLP` on kinks.
+      time_features: size of the embedding of time.
+      dropout: the rate after every hidden layer.
+      dtype: of the computation; None means the wider of x's and the parameters'.
+      param_dtype: of the parameters.
+
+    Example:
+      >>> model, mass = ConditionalMLP(features=(64, 64)), jnp.ones((1, 3))
+      >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 2)), mass)
+      >>> jax.jit(model.apply)(params, jnp.array(0.5), jnp.zeros((8, 2)), jnp.ones((8, 3))).shape
+      (8, 2)
+    """
+
+    features: Sequence[int] = (128, 128, 128)
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
+    time_features: int = 64
+    dropout: float = 0.0
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, t: jax.Array, x: jax.Array, condition: Any, *, deterministic: bool = True
+    ) -> jax.Array:
+        """The velocity at time t and point x under a condition.
+
+        Args:
+          t: times in [0, 1], `[]` or `[batch]`.
+          x: `[batch, dim]`, floating.
+          condition: floating, `[batch, ...]`, or a pytree of such arrays.
+          deterministic: False turns dropout on, and wants `rngs={"dropout": key}`.
+
+        Returns:
+          `[batch, dim]`, in the dtype of x.
+
+        Raises:
+          ValueError: x, t or a leaf of the condition of a wrong shape or dtype; no condition; no
+            hidden layer.
+        """
+        _check(self, x)
+        emb, dtypes = _embedded_time(self, t, x)
+        numbers = _flat(condition, x.shape[0]).astype(dtypes["dtype"])
+        emb = emb + nn.Dense(self.features[0], use_bias=False, name="condition", **dtypes)(numbers)
+        return _layers(self, x, emb, dtypes, deterministic)
+
+
+def _check(model: MLP | ConditionalMLP, x: jax.Array) -> None:
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating) or not model.features:
+        raise ValueError(
+            f"{type(model).__name__} takes floating vectors [batch, dim] and has at least one "
+            f"hidden layer; got x {x.dtype} {x.shape} and features={tuple(model.features)}. A "
+            "single vector needs x[None], and an image x.reshape(batch, -1) or models.UNet."
+        )
+    if model.time_features < 2:
+        raise ValueError(f"time_features must be at least 2; got {model.time_features}.")
+
+
+def _flat(condition: Any, batch_size: int) -> jax.Array:
+    """All numbers of a condition, `[batch, num]`, leaf after leaf."""
+    leaves = [as_floating("condition", leaf) for leaf in jax.tree.leaves(condition)]
+    if not leaves or any(leaf.shape[:1] != (batch_size,) for leaf in leaves):
+        raise ValueError(
+            f"condition must hold arrays [batch, ...] of {batch_size} rows, as x has; got "
+            f"{[leaf.shape for leaf in leaves]}. One for all needs jnp.broadcast_to."
+        )
+    dtype = functools.reduce(wider, (leaf.dtype for leaf in leaves))
+    return jnp.concatenate([leaf.reshape(batch_size, -1).astype(dtype) for leaf in leaves], axis=1)
+
+
+def _embedded_time(
+    model: MLP | ConditionalMLP, t: jax.Array, x: jax.Array
+) -> tuple[jax.Array, Dtypes]:
+    """What time adds to the first hidden layer, and the dtypes of the layers."""
+    dtype = model.dtype or jnp.promote_types(x.dtype, model.param_dtype)
+    dtypes = Dtypes(dtype=dtype, param_dtype=model.param_dtype)
+    t = broadcast_time(t, x).reshape(-1)
+    emb = time_embedding(t, model.time_features, highest=30.0, lowest=1.0).astype(dtype)
+    # Apart from x, so that a scalar time is multiplied once and a Jacobian skips it.
+    return nn.Dense(model.features[0], use_bias=False, name="time", **dtypes)(emb), dtypes
+
+
+def _layers(
+    model: MLP | ConditionalMLP,
+    x: jax.Array,
+    emb: jax.Array,
+    dtypes: Dtypes,
+    deterministic: bool,
+) -> jax.Array:
+    """The layers, `emb` added to the first."""
+    h = x
+    for layer, width in enumerate(model.features):
+        h = nn.Dense(width, **dtypes)(h)
+        h = model.activation(h + emb if layer == 0 else h)
+        h = nn.Dropout(model.dropout)(h, deterministic=deterministic)
+    return nn.Dense(x.shape[-1], **dtypes)(h).astype(x.dtype)

@@ -24,6 +24,7 @@ TINY = functools.partial(
 MODELS = {
     "mlp": (models.MLP(features=(16, 16)), (5,)),
     "mlp_classes": (models.MLP(features=(16,), activation=nn.gelu, num_classes=3), (2,)),
+    "mlp_condition": (models.ConditionalMLP(features=(16, 16)), (3,)),
     "unet": (
         TINY(channel_multipliers=(1, 2), attention_resolutions=(4,), num_heads=2),
         (8, 8, 3),
@@ -43,7 +44,8 @@ BATCH = 3
 def random_params(model, event, dtype=jnp.float32):
     """Every parameter random, those that start at zero included."""
     inputs = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((1, *event), dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    init = functools.partial(model.init, **given(model, dtype, 1))
+    shapes = jax.eval_shape(init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(0)
 
     def draw(shape):
@@ -58,15 +60,23 @@ def data(event, dtype=jnp.float32):
     return jnp.asarray(rng.normal(size=(BATCH, *event)), dtype), jnp.asarray([0, 2, 1])
 
 
+def given(model, dtype=jnp.float32, batch=BATCH):
+    """The labels or the condition of a batch."""
+    if isinstance(model, models.ConditionalMLP):
+        rng = np.random.default_rng(2)
+        numbers = [jnp.asarray(rng.normal(size=(batch, *s)), dtype) for s in ((), (2, 2))]
+        return {"condition": {"a": numbers[0], "b": numbers[1:]}}
+    return {} if model.num_classes is None else {"labels": jnp.asarray([0, 2, 1])[:batch]}
+
+
 @functools.cache
 def build(name):
     """(apply, jvp, t, x): u = apply(t, x), and (u, du) = jvp(t, x, dt, dx), compiled once."""
     model, event = MODELS[name]
     model = model.clone(param_dtype=jnp.float64)
     params = random_params(model, event, jnp.float64)
-    x, labels = data(event, jnp.float64)
-    labels = None if model.num_classes is None else labels
-    apply = functools.partial(model.apply, params, labels=labels)
+    x, _ = data(event, jnp.float64)
+    apply = functools.partial(model.apply, params, **given(model, jnp.float64))
     jvp = jit(lambda t, x, dt, dx: jax.jvp(apply, (t, x), (dt, dx)))
     return apply, jvp, jnp.asarray([0.13, 0.5, 0.88]), x
 
@@ -168,7 +178,7 @@ def test_every_layer_keeps_its_dtype(name):
     x, t = data(event)[0], jnp.zeros(())
     for dtype, inputs in ((jnp.bfloat16, jnp.float32), (None, jnp.bfloat16), (None, jnp.float16)):
         run = functools.partial(
-            model.clone(dtype=dtype).init_with_output, capture_intermediates=True
+            model.clone(dtype=dtype).init_with_output, capture_intermediates=True, **given(model)
         )
         u, state = jax.eval_shape(run, jax.random.key(0), t, x.astype(inputs))
         assert u.dtype == inputs
@@ -265,6 +275,41 @@ def test_parameter_counts_to_the_unit(model, event, count):
     x = jnp.zeros((1, *event))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(()), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_a_condition_enters_as_the_module_says():
+    """By NumPy, from the parameters by their names; rows of a pytree leaf after leaf."""
+    model = models.ConditionalMLP(features=(6, 5), activation=jnp.tanh, time_features=4)
+    params, x = random_params(model, (3,)), data((3,))[0]
+    condition = given(model)["condition"]
+    p = jax.tree.map(np.asarray, params["params"])
+    numbers = np.concatenate([condition["a"][:, None], condition["b"][0].reshape(3, 4)], axis=1)
+    w = 30.0 * 30.0 ** (-np.arange(2) / 2)
+    emb = np.concatenate([np.cos(0.3 * w), np.sin(0.3 * w)]) @ p["time"]["kernel"]
+    h = np.asarray(x) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    h = np.tanh(h + emb + numbers @ p["condition"]["kernel"])
+    h = np.tanh(h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"])
+    want = h @ p["Dense_2"]["kernel"] + p["Dense_2"]["bias"]
+    got = jit(model.apply)(params, 0.3, x, condition)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (None, r"condition must hold arrays \[batch, ...\] of 3 rows, as x has; got \[\]"),
+        (jnp.zeros((2, 4)), r"of 3 rows, as x has; got \[\(2, 4\)\]"),
+        ({"a": jnp.zeros(3), "b": jnp.zeros(())}, "of 3 rows"),
+        (jnp.zeros(3, int), "condition must be floating; got int32"),
+        ("red", "condition must be an array of numbers"),
+    ],
+)
+def test_a_condition_that_does_not_fit(condition, message):
+    model = models.ConditionalMLP(features=(4,))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda: model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((3, 2)), condition)
+        )
 
 
 @pytest.mark.parametrize("heights", [(8,), (4,), (8, 4), (16,)])
