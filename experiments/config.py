@@ -15,10 +15,10 @@ from fmjax.training import sharding
 # Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every"})
 FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "cluster"}
-FREE |= {"data_dir", "num_samples", "sample_tolerance"}
+FREE |= {"data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
-_MAY_BE_ZERO |= {"model.dropout", "cluster.process_id"}
+_MAY_BE_ZERO |= {"model.dropout", "cluster.process_id", "label_dropout", "guidance"}
 _MAY_BE_EMPTY = frozenset({"model.attention_resolutions"})
 
 

@@ -53,7 +53,7 @@ def measure(
     def samples(way: drawing.Way) -> drawing.Drawn:
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
         name = f"seed_{seed}_{way.solver}_{how}"
-        return drawing.draw(solve, way, store, name, key, shape, num)
+        return drawing.draw(solve, way, store, name, key, shape, num, trained.labels)
 
     exact = drawing.Way("Tsit5", tolerance=tight)
     x1 = samples(exact).x1

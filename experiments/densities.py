@@ -64,6 +64,7 @@ def measure(
     """
     log_weights = _log_weights_fn(how, trained)
     images, mesh = dataset.images, sharding.make_mesh()
+    labels = None if trained.num_classes is None else dataset.labels
     key = jax.random.fold_in(jax.random.key(seed), 0)
 
     def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:
@@ -73,7 +74,7 @@ def measure(
             trained.params,
             jax.random.fold_in(key_batch, 1 + draw),
             jax.random.fold_in(key_batch, 0),
-            sharding.shard_batch(images[rows], mesh),
+            *sharding.shard_batch((images[rows], None if labels is None else labels[rows]), mesh),
             tolerance,
         )
         return {"log_weights": np.asarray(weights), "num_evaluations": np.asarray(evaluations)}
@@ -125,13 +126,13 @@ def interval(bits: np.ndarray) -> tuple[Estimate, float | None, float | None]:
 
 
 def _log_weights_fn(how: Likelihood, trained: Trained) -> Any:
-    """`(params, key_draw, key_probe, images, tolerance) -> (log_weights, num_evaluations)`."""
+    """`(params, key_draw, key_probe, images, labels, tolerance)` -> log-weights, evaluations."""
 
     @jax.jit
-    def log_weights(params, key_draw, key_probe, images, tolerance):
+    def log_weights(params, key_draw, key_probe, images, labels, tolerance):
         x, log_q = how.dequantizer(key_draw, images)
         solved = fm.integrate_log_prob(
-            trained.velocity(params),
+            trained.velocity(params, labels),
             x,
             divergence=how.divergence(key_probe),
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),

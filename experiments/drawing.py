@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-Solve = Callable[[Way, jax.Array], tuple[jax.Array, jax.Array]]
+Solve = Callable[[Way, jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
@@ -56,23 +56,23 @@ def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
 
 
 def make_solve(trained: Trained) -> Solve:
-    """`(way, x0) -> (x1, num_evaluations)`, compiled once per solver and number of steps."""
+    """`(way, x0, labels) -> (x1, num_evaluations)`, guided; compiled once per solver and steps."""
     compiled: dict[Any, Any] = {}
 
-    def solve(way: Way, x0: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def solve(way: Way, x0: jax.Array, labels: Any) -> tuple[jax.Array, jax.Array]:
         key = (way.solver, way.num_steps)
         if key not in compiled:
             compiled[key] = jax.jit(_solve_fn(trained, *key))
-        return compiled[key](trained.params, x0, way.tolerance)
+        return compiled[key](trained.params, x0, labels, way.tolerance)
 
     return solve
 
 
 def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[..., Any]:
-    def solve(params: Any, x0: jax.Array, tolerance: Any) -> tuple[jax.Array, jax.Array]:
+    def solve(params: Any, x0: jax.Array, labels: Any, tolerance: Any) -> tuple[Any, Any]:
         adaptive = None if num_steps else diffrax.PIDController(rtol=tolerance, atol=tolerance)
         trajectory = fm.integrate(
-            trained.velocity(params),
+            trained.guided(params, labels),
             x0,
             solver=SOLVERS[solver][0],
             num_steps=num_steps,
@@ -91,6 +91,7 @@ def draw(
     key: jax.Array,
     shape: tuple[int, ...],
     num: int,
+    labels: Callable[[np.ndarray], np.ndarray | None],
     finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
 ) -> Drawn:
     """`num` samples in batches that are split over all devices.
@@ -103,6 +104,7 @@ def draw(
       key: of the noise; batch i draws from fold_in(key, i).
       shape: of a batch, `[batch, *event]`.
       num: how many; the last batch is drawn in full and cut.
+      labels: the classes of samples by their numbers, `Trained.labels`.
       finish: what is done to a batch before it is stored, quantising for instance.
 
     Returns:
@@ -112,7 +114,8 @@ def draw(
 
     def batch(i: int) -> dict[str, np.ndarray]:
         x0 = jax.random.normal(jax.random.fold_in(key, i), shape)
-        x1, evaluations = solve(way, sharding.shard_batch(x0, mesh))
+        rows = np.arange(i * shape[0], (i + 1) * shape[0])
+        x1, evaluations = solve(way, *sharding.shard_batch((x0, labels(rows)), mesh))
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
     indices = progress(range(-(-num // shape[0])), name, leave=False, disable=None)

@@ -76,7 +76,13 @@ def evaluate_images(
     """Bits/dim and sample quality of an image run, and what measures its curve."""
     held_out = protocol.first(images.load(run_config, run_config.eval_split), config.eval_examples)
     event_shape = held_out.images.shape[1:]
-    model = trained.load(config.run, event_shape, average=config.average)
+    model = trained.load(
+        config.run,
+        event_shape,
+        average=config.average,
+        num_classes=held_out.num_classes,
+        guidance=config.guidance,
+    )
     judge = judging.make_judge(config.judge, run_config, config.batch_size)
     judge.check_num_samples("--num-samples", config.num_samples)
     if config.curve_examples:
@@ -91,9 +97,12 @@ def evaluate_images(
     likelihood = densities.measure(how, model, held_out, store, config.seeds[0])
     likelihood["images_sha256"] = settings["images"]
     likelihood["begun_on"] = store.begun_on
+    given = "" if model.num_classes is None else ", given their classes"
     likelihood["images"] = (
-        f"first {len(held_out.images)} of {run_config.dataset} {run_config.eval_split}"
+        f"first {len(held_out.images)} of {run_config.dataset} {run_config.eval_split}{given}"
     )
+    if model.num_classes is not None:  # samples depend on it, likelihoods don't
+        base |= {"guidance": config.guidance}
 
     measured, drawn = quality.measure(
         model,
@@ -106,7 +115,14 @@ def evaluate_images(
         num_samples=config.num_samples,
         seeds=config.seeds,
     )
-    plots.save_grid(drawn[:64], folder / "samples.png", num_levels=held_out.num_levels)
+    columns, num_classes = None, model.num_classes
+    if num_classes is None:
+        drawn = drawn[:64]
+    else:  # they come by turns, and each class gets a row
+        columns = max(1, min(8, len(drawn) // num_classes))
+        drawn = drawn[np.argsort(np.arange(columns * num_classes) % num_classes, kind="stable")]
+    picture = folder / "samples.png"
+    plots.save_grid(drawn, picture, num_levels=held_out.num_levels, columns=columns)
 
     def frechet(x1: np.ndarray) -> Estimate:
         return judge.frechet(judge.features(x1, held_out.num_levels, config.batch_size))

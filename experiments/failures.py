@@ -25,21 +25,21 @@ class NotFinite:
         before: Any = optax.tree.get(state.opt_state, "total_notfinite", default=0)
         self._count = int(before)
 
-    def note(self, step: int, metrics: training.Metrics, rows: np.ndarray, x1: np.ndarray) -> None:
+    def note(self, step: int, metrics: training.Metrics, rows: np.ndarray, batch: Any) -> None:
         """Writes the step's batch down; returns if it may be skipped.
 
         Args:
           step: counted from 1.
           metrics: of the step, floats.
           rows: the examples' numbers in the data set, `[local_batch]`.
-          x1: the examples, `[local_batch, *event]`.
+          batch: the examples, a pytree of arrays `[local_batch, ...]`.
 
         Raises:
           FloatingPointError: if there have been too many.
         """
         self._count += 1
         try:
-            dump = f"in {self._dump(step, metrics, rows, x1)}"
+            dump = f"in {self._dump(step, metrics, rows, batch)}"
         except Exception as error:
             reason = disk_failure(self._run.folder, error)
             if reason is None:
@@ -62,13 +62,15 @@ class NotFinite:
             "such steps out."
         )
 
-    def _dump(self, step: int, metrics: training.Metrics, rows: np.ndarray, x1: np.ndarray) -> Any:
+    def _dump(self, step: int, metrics: training.Metrics, rows: np.ndarray, batch: Any) -> Any:
         """The batch of this process: with the checkpoint before and the run's flags, all of it."""
         process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._run.folder / f"not_finite_step_{step:08d}{process}.npz"
         arrays: dict[str, Any] = {"step": step, "seed": self._run.config.seed}
         arrays |= {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm}
-        arrays |= {"rows": rows, "x1": x1}
+        leaves = jax.tree.leaves_with_path(batch)
+        arrays |= {"rows": rows}
+        arrays |= {f"batch{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
         arrays["checkpoint"] = -1 if self._run.saved_step is None else self._run.saved_step
         write_whole(path, lambda file: np.savez(file, **arrays))
         return path

@@ -61,6 +61,7 @@ class Judge(NamedTuple):
     Attributes:
       encoder: images -> features.
       reference: features and moments of the real images.
+      num_classes: of the data; an encoder of as many knows them.
       num_splits: groups of the jackknife and of the Inception score.
       allow_singular: whether fewer samples than features are accepted.
       record: what stands in evaluation.json about it.
@@ -68,6 +69,7 @@ class Judge(NamedTuple):
 
     encoder: Encoder
     reference: Reference
+    num_classes: int
     num_splits: int
     allow_singular: bool
     record: dict[str, Any]
@@ -90,8 +92,13 @@ class Judge(NamedTuple):
             allow_singular=self.allow_singular,
         )
 
-    def figures(self, features: np.ndarray) -> dict[str, metrics.Estimate]:
-        """Every figure of one set of features `[num, D]`, by its name."""
+    def figures(
+        self, features: np.ndarray, labels: np.ndarray | None
+    ) -> dict[str, metrics.Estimate]:
+        """Every figure of one set of features `[num, D]`, by its name.
+
+        `labels`, `[num]`, are the classes that the samples were drawn for, if they were for any.
+        """
         real, splits = self.reference.features[:KID_IMAGES], self.num_splits
         found = {
             "frechet_distance": self.frechet(features),
@@ -100,6 +107,8 @@ class Judge(NamedTuple):
         if self.encoder.logits is not None:
             logits = self.encoder.logits(features)
             found["inception_score"] = metrics.inception_score(logits, num_splits=splits)
+            if labels is not None and logits.shape[1] == self.num_classes:
+                found["class_accuracy"] = metrics.class_accuracy(logits, labels)
         return found
 
     def check_num_samples(self, flag: str, num_samples: int) -> None:
@@ -154,7 +163,14 @@ def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_si
         "num_splits": config.num_splits,
         "kid_images": min(KID_IMAGES, len(real.images)),
     }
-    return Judge(encoder, reference, config.num_splits, config.allow_few_samples, record)
+    return Judge(
+        encoder,
+        reference,
+        real.num_classes,
+        config.num_splits,
+        config.allow_few_samples,
+        record,
+    )
 
 
 def _encoder(config: JudgeConfig, run_config: image_runs.ImageConfig) -> tuple[Encoder, str]:

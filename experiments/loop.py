@@ -7,8 +7,8 @@ finite is noticed one dispatch later, and never saved.
 
 import math
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from experiments.run import Run
 from experiments.step import Steps
 from fmjax import data, training
 from fmjax.training import sharding
+
+Batch = Callable[[np.ndarray], Any]  # rows `[num]` of the data -> a pytree of arrays `[num, ...]`
 
 
 class Dispatch(NamedTuple):
@@ -49,8 +51,35 @@ def dispatches(config: RunConfig, num_examples: int, start: int) -> Iterator[Dis
         start = last
 
 
+def gather(batch: Batch, rows: np.ndarray) -> Any:
+    """The examples of several steps, read at once.
+
+    Args:
+      batch: `rows [num] -> pytree` of host arrays `[num, ...]`.
+      rows: `[num_steps, local_batch]`.
+
+    Returns:
+      The pytree, its leaves `[num_steps, local_batch, ...]`.
+
+    Raises:
+      ValueError: if a leaf has another number of examples than was asked for.
+    """
+    examples = batch(rows.ravel())
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(examples)]
+    if not shapes or any(shape[:1] != (rows.size,) for shape in shapes):
+        raise ValueError(
+            f"batch must return arrays [num, ...] of the {rows.size} rows asked for; got {shapes}."
+        )
+    return jax.tree.map(lambda x: np.reshape(x, (*rows.shape, *np.shape(x)[1:])), examples)
+
+
 def train(
-    run: Run, state: training.TrainState, steps: Steps, key: jax.Array, x1: np.ndarray
+    run: Run,
+    state: training.TrainState,
+    steps: Steps,
+    key: jax.Array,
+    num_examples: int,
+    batch: Batch,
 ) -> tuple[training.TrainState, float | None]:
     """Trains from the last checkpoint to `num_steps`, with a progress bar.
 
@@ -59,7 +88,8 @@ def train(
       state: a fresh state, which also says what a checkpoint must look like.
       steps: from `make_steps`.
       key: the run's training key.
-      x1: the data, `[num_examples, *event]`.
+      num_examples: of the data.
+      batch: reads rows of the data, on the host: memory, disk or network is its own affair.
 
     Returns:
       The state, and examples per second of this start without its first dispatch (which compiles),
@@ -68,6 +98,7 @@ def train(
     Raises:
       FloatingPointError: at a loss or a gradient that is not finite, more often than
         `max_skipped_steps`; nothing after the last good checkpoint is saved.
+      ValueError: as `gather` does.
       SystemExit: after SIGTERM (143) or SIGINT (130), when the state has been saved.
     """
     config, state = run.config, run.restore(state)
@@ -75,8 +106,8 @@ def train(
     watch = Watch(run, NotFinite(run, state), start)
     pending, first_end = None, start
     with watch.progress, cluster.Preemption().watch() as preemption:
-        for count, dispatch in enumerate(dispatches(config, len(x1), start)):
-            batches = x1[dispatch.rows]
+        for count, dispatch in enumerate(dispatches(config, num_examples, start)):
+            batches = gather(batch, dispatch.rows)
             state, metrics = steps(state, key, batches)
             if pending is not None:  # the one before, while this one is running
                 watch.look(*pending)
@@ -106,7 +137,7 @@ class Watch:
         num, quiet = run.config.num_steps, not cluster.is_main()
         self.progress = progress(total=num, initial=start, unit="step", disable=quiet)
 
-    def look(self, dispatch: Dispatch, metrics: training.Metrics, x1: np.ndarray) -> None:
+    def look(self, dispatch: Dispatch, metrics: training.Metrics, batches: Any) -> None:
         """Waits for a dispatch's metrics, `[num_steps]` each."""
         config, metrics = self._run.config, jax.device_get(metrics)
         now, rate = time.perf_counter(), 0.0
@@ -120,7 +151,8 @@ class Watch:
             one = training.Metrics(*(values[index] for values in metrics))
             # The gradient as well: it made the state that would be saved next.
             if not (math.isfinite(one.loss) and math.isfinite(one.gradient_norm)):
-                self._not_finite.note(step, one, dispatch.rows[index], x1[index])
+                examples = jax.tree.map(lambda x, index=index: x[index], batches)
+                self._not_finite.note(step, one, dispatch.rows[index], examples)
             if step in wanted:
                 self._run.log(step, one, rate)
                 text = f"loss {one.loss:.4f}, {rate:.0f} examples/s"

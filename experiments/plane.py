@@ -95,7 +95,8 @@ def quality(
     runs, w2, mmd = [], [], []
     for seed in progress(seeds, "seeds"):
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        run = drawing.draw(solve, way, store, f"seed_{seed}", key, (batch_size, 2), num)
+        name, shape = f"seed_{seed}", (batch_size, 2)
+        run = drawing.draw(solve, way, store, name, key, shape, num, trained.labels)
         w2.append(metrics.wasserstein2(run.x1, points.held_out))
         mmd.append(metrics.kernel_distance(run.x1, points.held_out, kernel=kernel))
         runs.append(run)
@@ -122,7 +123,9 @@ def _log_prob_fn(trained: Trained) -> Any:
     @jax.jit
     def solve(params: Any, x: jax.Array, tolerance: jax.Array) -> fm.LogProb:
         controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)  # pyright: ignore
-        return fm.integrate_log_prob(trained.velocity(params), x, stepsize_controller=controller)
+        return fm.integrate_log_prob(
+            trained.velocity(params, None), x, stepsize_controller=controller
+        )
 
     return lambda params, x, tolerance: solve(
         params, jax.device_put(x, sharding.replicated(sharding.make_mesh())), tolerance

@@ -16,7 +16,7 @@ from fmjax.training import sharding
 
 NUM_POINTS = 2048  # held-out points of a 2-D run
 IMAGE_FLAGS = ("tolerance", "num_samples", "eval_examples", "num_draws", "dequantization")
-IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge")
+IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge", "guidance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Config:
     """Samples per seed. Published figures want 50000. In the plane: as many as held-out points."""
     eval_examples: int = 256
     """Held-out images for bits/dim, the first of the run's --eval-split. In the plane 2048."""
+    guidance: float = 1.0
+    """Scale of the guidance in drawing from a run with --conditional; 1 is none."""
     num_draws: int = 1
     """K, dequantisation draws per image; above 1 the importance-weighted bound is reported too."""
     dequantization: Literal["uniform", "truncated-normal"] = "uniform"
@@ -59,7 +61,8 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuses flags that can't work, before anything is loaded."""
-    check_numbers(config, may_be_zero={"curve_examples", "seeds"}, may_be_empty={"seeds"})
+    zero = {"curve_examples", "seeds", "guidance"}
+    check_numbers(config, may_be_zero=zero, may_be_empty={"seeds"})
     check_seeds("seeds", config.seeds)
     if config.eval_examples < 2:
         raise ValueError(f"--eval-examples must be at least 2; got {config.eval_examples}.")

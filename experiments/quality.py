@@ -59,8 +59,9 @@ def measure(
     for seed in progress(seeds, "seeds"):
         key = jax.random.fold_in(jax.random.key(seed), 1)
         name = f"seed_{seed}"
-        run = drawing.draw(solve, way, drawn, name, key, shape, num_samples, levels)
-        figures.append(judge.figures(encode_samples(judge, encoded, name, run.x1, shape[0])))
+        run = drawing.draw(solve, way, drawn, name, key, shape, num_samples, trained.labels, levels)
+        features = encode_samples(judge, encoded, name, run.x1, shape[0])
+        figures.append(judge.figures(features, trained.labels(np.arange(num_samples))))
         runs.append(run)
     return {
         "num_samples": num_samples,

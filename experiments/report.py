@@ -11,7 +11,10 @@ def table(result: dict[str, Any]) -> str:
     else:
         rows = _nats(likelihood) + _plane_quality(quality)
     protocol = result["protocol"]
-    rows.append(("evaluations per sample", f"{quality['num_evaluations']:.0f}", quality["sampler"]))
+    sampler = quality["sampler"]
+    if "class_accuracy" in quality:
+        sampler += f", guidance {protocol['flags']['guidance']:g}"
+    rows.append(("evaluations per sample", f"{quality['num_evaluations']:.0f}", sampler))
     sampling, solving = quality["seconds"], likelihood["seconds"]
     where = f"{protocol['device_count']} x {protocol['device_kind']}, compilation included"
     rows.append(("seconds", f"{sampling:.0f} sampling, {solving:.0f} likelihood", where))
@@ -80,6 +83,7 @@ def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
         "frechet_distance": quality["distance"],
         "kid": "KID under the same encoder",
         "inception_score": "Inception score under the same encoder",
+        "class_accuracy": "class accuracy under the same encoder",
     }
     kid = how.replace(f"{reference['num_images']} images", f"the first {quality['kid_images']}")
     found = [(label, quality[name]) for name, label in names.items() if name in quality]

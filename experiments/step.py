@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import fmjax as fm
@@ -24,9 +23,9 @@ TIMES = {"uniform": fm.uniform, "logit_normal": fm.logit_normal(), "edm_skewed":
 # The velocity's square has no mean over times up to 1 where the slope of sigma is infinite.
 T_MAX = {"linear_vp": 0.999, "vp": 0.999}
 
-Draw = Callable[[jax.Array, jax.Array], Any]
+Draw = Callable[[jax.Array, Any], Any]
 Steps = Callable[
-    [training.TrainState, jax.Array, np.ndarray], tuple[training.TrainState, training.Metrics]
+    [training.TrainState, jax.Array, Any], tuple[training.TrainState, training.Metrics]
 ]
 
 
@@ -84,32 +83,34 @@ def make_steps(
     tx: optax.GradientTransformation,
     state: training.TrainState,
 ) -> Steps:
-    """The compiled steps `(state, key, x1) -> (state, metrics)` on all devices.
+    """The compiled steps `(state, key, batches) -> (state, metrics)` on all devices.
 
     Args:
       config: the run's flags; `parallel` chooses jit or pmap.
-      draw: `(key, x1) -> drawn`, all that is random, `[batch, ...]`.
+      draw: `(key, batch) -> drawn`, all that is random, `[batch, ...]`; both are pytrees.
       loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
       tx: an Optax transformation.
       state: from `init_state`; only its shardings are read.
 
     Returns:
-      Steps that take `x1` of this process, `[num_steps, local_batch, *event]`, NumPy; each of the
-      metrics is `[num_steps]`.
+      Steps that take the batches of this process, a pytree of NumPy arrays `[num_steps,
+      local_batch, ...]`; each of the metrics is `[num_steps]`.
     """
     if config.parallel == "pmap":
         return _pmap_steps(config, draw, loss_fn, tx)
     step = training.make_train_step(loss_fn, tx, ema_decay=config.ema_decay)
 
-    def whole_step(state, key, x1):
+    def whole_step(state, key, batch):
         key_draw, key_loss = jax.random.split(key)
-        return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), x1))
+        return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), batch))
 
     devices, shardings = mesh(config), jax.tree.map(lambda x: x.sharding, state)
     jitted = sharding.jit_train_step(
         training.many_steps(whole_step), devices, state=shardings, batch_axis=1
     )
-    return lambda state, key, x1: jitted(state, key, sharding.shard_batch(x1, devices, axis=1))
+    return lambda state, key, batches: jitted(
+        state, key, sharding.shard_batch(batches, devices, axis=1)
+    )
 
 
 def _pmap_steps(
@@ -124,10 +125,11 @@ def _pmap_steps(
     )
     draw_batch = jax.jit(draw, out_shardings=sharding.batch_sharding(devices))
 
-    def steps(state, key, x1):
+    def steps(state, key, batches):
         key_draw, key_loss = jax.random.split(key)
         metrics = []
-        for batch in x1:
+        for index in range(len(jax.tree.leaves(batches)[0])):
+            batch = jax.tree.map(lambda x, index=index: x[index], batches)
             drawn = draw_batch(jax.random.fold_in(key_draw, state.step), batch)
             state, one = mapped(state, key_loss, drawn)
             metrics.append(one)

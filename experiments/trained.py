@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fmjax as fm
 from experiments import cifar10, digits, images, mnist, two_moons
@@ -34,7 +35,10 @@ class Trained(NamedTuple):
       config: the flags that it was trained under.
       step: training steps.
       params: the network's parameters.
-      velocity: `velocity(params) -> (t, x) -> u`.
+      velocity: `velocity(params, labels) -> (t, x) -> u`, unguided; labels `[batch]`, or None for
+        a network without classes.
+      guided: the same under the guidance that was asked for.
+      num_classes: of a conditional network; else None.
       digest: SHA-256 of the parameters, their names, dtypes and shapes, in hex.
       average: whether `params` are the moving average.
     """
@@ -43,9 +47,15 @@ class Trained(NamedTuple):
     config: RunConfig
     step: int
     params: Any
-    velocity: Callable[[Any], fm.Velocity]
+    velocity: Callable[[Any, Any], fm.Velocity]
+    guided: Callable[[Any, Any], fm.Velocity]
+    num_classes: int | None
     digest: str
     average: bool
+
+    def labels(self, rows: np.ndarray) -> np.ndarray | None:
+        """The classes of samples by their numbers, by turns; None for a network without classes."""
+        return None if self.num_classes is None else (rows % self.num_classes).astype(np.int32)
 
 
 def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
@@ -81,19 +91,34 @@ def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
         ) from None
 
 
-def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = True) -> Trained:
+def load(
+    folder: pathlib.Path,
+    event_shape: tuple[int, ...],
+    *,
+    average: bool = True,
+    num_classes: int | None = None,
+    guidance: float = 1.0,
+) -> Trained:
     """The run in `folder`, with its latest checkpoint.
 
     Args:
       folder: a run folder of the image or the 2-D experiments.
       event_shape: of one example of its data.
       average: whether to take the moving average of the parameters, or the last ones.
+      num_classes: of its data; a run that isn't conditional makes nothing of it.
+      guidance: the scale of `guided`.
 
     Raises:
-      ValueError: as `read_config` does; if there is no checkpoint, or one of another network.
+      ValueError: as `read_config` does; for guidance of a run that has not learnt it; if there is
+        no checkpoint, or one of another network.
     """
     name, config = read_config(folder)
-    model = _model(config)
+    model, conditional = _model(config, num_classes), getattr(config, "conditional", False)
+    if guidance != 1 and not (conditional and getattr(config, "label_dropout", 0)):
+        raise ValueError(
+            f"--guidance needs a run that was trained with --conditional, and with a "
+            f"--label-dropout above 0; got {guidance} for {folder}."
+        )
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
@@ -110,15 +135,17 @@ def load(folder: pathlib.Path, event_shape: tuple[int, ...], *, average: bool = 
         config=config,
         step=step,
         params=params,
-        velocity=lambda params: functools.partial(model.apply, params),
+        velocity=functools.partial(images.make_velocity, model),
+        guided=functools.partial(images.make_velocity, model, guidance=guidance),
+        num_classes=num_classes if conditional else None,
         digest=digests.hash_tree(params),
         average=average,
     )
 
 
-def _model(config: RunConfig) -> models.MLP | models.UNet:
+def _model(config: RunConfig, num_classes: int | None) -> models.MLP | models.UNet:
     if isinstance(config, images.ImageConfig):
-        return models.UNet(**dataclasses.asdict(config.model))
+        return images.make_model(config, num_classes)
     assert isinstance(config, two_moons.Config)
     return models.MLP(**dataclasses.asdict(config.model))
 

@@ -82,7 +82,7 @@ def main(config: Config) -> dict[str, Any]:
         state = step.init_state(config, init, key_params, tx)
         draw = functools.partial(step.draw_path_sample, config)
         steps = step.make_steps(config, draw, loss_fn, tx, state)
-        state, rate = loop.train(run, state, steps, key_train, x1)
+        state, rate = loop.train(run, state, steps, key_train, len(x1), lambda rows: x1[rows])
         summary = {
             "experiment": "two_moons",
             "step": int(state.step),

@@ -118,14 +118,14 @@ def train_seconds(config: cifar10.Config, repetitions: int) -> float:
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, 32, 32, 3)))
     tx = step.make_optimizer(config)
     state = step.init_state(config, init, jax.random.key(0), tx)
-    draw, loss_fn = images.make_draw(config, 256), images.make_loss(trained)
+    draw, loss_fn = images.make_draw(config, 256, 10), images.make_loss(trained)
     steps = step.make_steps(config, draw, loss_fn, tx, state)
     shape = (config.steps_per_dispatch, config.batch_size, 32, 32, 3)
-    x1 = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    batch = images.Images(np.random.default_rng(0).integers(0, 256, shape, np.uint8), None)
 
     def run() -> Any:
         nonlocal state
-        state, metrics = steps(state, jax.random.key(1), x1)
+        state, metrics = steps(state, jax.random.key(1), batch)
         return metrics
 
     return seconds(run, repetitions)

@@ -103,7 +103,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     chosen = jnp.asarray(dataset.images[: config.num_images])
     model = trained.load(config.run, chosen.shape[1:])
     x = pixels.dequantize(jax.random.key(0), chosen, dataset.num_levels)
-    velocity, scale = model.velocity(model.params), x[0].size * math.log(2)
+    velocity, scale = model.velocity(model.params, None), x[0].size * math.log(2)
 
     def log_prob(divergence: fm.Divergence) -> jax.Array:
         return fm.log_prob(velocity, x, divergence=divergence, num_steps=config.num_steps)

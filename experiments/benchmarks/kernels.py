@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cifar10, command, digits, mnist, step
-from experiments.images import KERNELS, ImageConfig, UNetConfig, make_draw, make_loss
+from experiments.images import KERNELS, ImageConfig, Images, UNetConfig, make_draw, make_loss
 from fmjax import models
 
 SMALL = UNetConfig(32, (1, 2, 2, 2), attention_resolutions=(16,), head_channels=32)
@@ -50,17 +50,18 @@ def compiled(config: ImageConfig, shape: tuple[int, ...]) -> dict[str, Any]:
     init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
     tx = step.make_optimizer(config)
     state = step.init_state(config, init, jax.random.key(0), tx)
-    steps = step.make_steps(config, make_draw(config, 256), make_loss(model), tx, state)
+    steps = step.make_steps(config, make_draw(config, 256, 10), make_loss(model), tx, state)
     x1 = np.random.default_rng(0).integers(256, size=(1, config.batch_size, *shape), dtype=np.uint8)
+    batch = Images(x1, None)
     began = time.perf_counter()
-    state, metrics = steps(state, jax.random.key(1), x1)
+    state, metrics = steps(state, jax.random.key(1), batch)
     jax.block_until_ready(metrics)
-    return {"seconds": time.perf_counter() - began, "state": state, "steps": steps, "x1": x1}
+    return {"seconds": time.perf_counter() - began, "state": state, "steps": steps, "batch": batch}
 
 
 def timed(case: dict[str, Any]) -> float:
     began = time.perf_counter()
-    case["state"], metrics = case["steps"](case["state"], jax.random.key(1), case["x1"])
+    case["state"], metrics = case["steps"](case["state"], jax.random.key(1), case["batch"])
     jax.block_until_ready(metrics)
     return time.perf_counter() - began
 

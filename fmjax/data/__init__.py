@@ -3,4 +3,6 @@
 from .images import ImageDataset as ImageDataset
 from .images import load_digits as load_digits
 from .order import batches as batches
+from .own import load_folder as load_folder
+from .own import load_npz as load_npz
 from .tfds import load as load

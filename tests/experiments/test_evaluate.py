@@ -17,22 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_runs import untrained
 from PIL import Image
 
 import fmjax as fm
 from experiments import (
     classifier,
+    densities,
     digits,
     evaluate,
+    images,
     judging,
     report,
-    step,
     store,
     trained,
     two_moons,
 )
 from experiments.images import UNetConfig
-from experiments.run import Run
+from fmjax import models
 from fmjax.data import pixels
 
 pytestmark = pytest.mark.slow  # all evaluate runs
@@ -54,25 +56,14 @@ def compiled(tmp_path_factory):
         jax.config.update(name, value)
 
 
-def untrained(config, event_shape, name):
-    """A run folder with a checkpoint of a network that has learnt nothing; its average differs."""
-    model = trained._model(config)
-    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
-    state = step.init_state(config, init, jax.random.key(0), step.make_optimizer(config))
-    key = jax.random.key(1)  # the last layer of a U-Net begins at zero
-    moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), state.params)
-    with Run(name, config) as run:
-        run.restore(state)  # nothing is there yet; it begins the folder's record
-        run.save(state._replace(ema_params=moved, step=jnp.asarray(30)), wait=True)
-    return config.workdir
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, compiled):
     """A run of digits, one of two moons and an encoder, all untrained."""
     folder = tmp_path_factory.mktemp("runs")
     unet = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
     untrained(digits.Config(workdir=folder / "digits", model=unet), (8, 8, 1), "digits")
+    known = digits.Config(workdir=folder / "conditional", model=unet, conditional=True)
+    untrained(known, (8, 8, 1), "digits")
     mlp = two_moons.MLPConfig(features=(32, 32))
     untrained(two_moons.Config(workdir=folder / "two_moons", model=mlp), (2,), "two_moons")
     network = classifier.Classifier(num_classes=10, num_levels=17, strides=(2, 2), widths=(8, 8))
@@ -310,3 +301,54 @@ def test_flags_come_back_as_they_were(folders):
     assert isinstance(read.workdir, pathlib.Path) and read.model.channel_multipliers == (1,)
     assert trained._from_flags(digits.Config, json.loads(json.dumps(
         dataclasses.asdict(read), default=str))) == read  # fmt: skip
+
+
+def test_a_conditional_run_is_drawn_by_class_and_judged_by_it(folders):
+    """Sample k is of class k mod 10, guided; likelihoods are given the classes, and unguided."""
+    run = folders / "conditional"
+    results = {w: evaluate.main(config(folders, run, guidance=w)) for w in (1.0, 3.0)}
+    computed = store.num_computed(run / "evaluation")
+    one, three = results.values()
+    assert one["likelihood"]["bounds"] == three["likelihood"]["bounds"]
+    assert "given their classes" in report.table(three)
+    assert "guidance 3 |" in report.table(three)
+    for result in results.values():
+        for share in result["quality"]["class_accuracy"]["per_seed"]:
+            assert 0 <= share <= 1 and round(100 * share) == pytest.approx(100 * share)
+    assert one["quality"]["frechet_distance"] != three["quality"]["frechet_distance"]
+
+    model = trained.load(run, (8, 8, 1), num_classes=10)
+    network = models.UNet(
+        **dataclasses.asdict(UNetConfig(8, (1,), num_res_blocks=1)), num_classes=10
+    )
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0)
+    x0, labels = jax.random.normal(key, (40, 8, 8, 1)), jnp.arange(40) % 10
+    apply = functools.partial(network.apply, model.params)
+    guided = fm.classifier_free_guidance(
+        lambda t, x: apply(t, x, labels), lambda t, x: apply(t, x), 3.0
+    )
+    loose = diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    x1 = jax.jit(lambda x0: fm.sample(guided, x0, stepsize_controller=loose))(x0)
+    want = np.asarray(pixels.quantize(x1, 17))
+    found = [np.load(path)["x1"] for path in run.glob("evaluation/samples-*/seed_0_batch_0000.npz")]
+    near = [np.mean(images == want) for images in found]
+    assert len(found) == 2 and max(near) > 0.99 > min(near), near
+
+    # Without its labels an image has another likelihood.
+    held_out = images.load(known_config(run), "test[:60]")
+    held_out = held_out._replace(labels=(held_out.labels + 1) % 10)
+    how = evaluate.likelihood_of(config(folders, run), held_out)
+    other = densities.measure(how, model, held_out, store.Store(run, "wrong", {}), 0)
+    assert other["bounds"] != one["likelihood"]["bounds"]
+    assert store.num_computed(run / "evaluation") == computed
+
+
+def known_config(run):
+    return trained.read_config(run)[1]
+
+
+@pytest.mark.parametrize("run", ["digits", "two_moons"])
+def test_guidance_of_a_run_without_classes_is_refused(folders, run):
+    flags = {} if run == "digits" else PLANE
+    with pytest.raises(ValueError, match="--guidance|image runs"):
+        evaluate.main(config(folders, folders / run, **(flags | {"guidance": 2.0})))

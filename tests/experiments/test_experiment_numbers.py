@@ -13,7 +13,7 @@ import scipy.optimize
 
 import fmjax as fm
 from experiments import digits, two_moons
-from experiments.images import ImageConfig, load, make_draw, make_loss, measure_bits_per_dim
+from experiments.images import ImageConfig, Images, load, make_draw, make_loss, measure_bits_per_dim
 from experiments.run import Run
 from experiments.step import PATHS
 from fmjax import data, models, training
@@ -54,7 +54,7 @@ def test_bits_per_dim_of_a_standard_normal(levels):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_path_flag_and_the_images(path):
     images = load(config(), "train[:32]").images
-    drawn = make_draw(config(path=path), 17)(KEY, images)
+    drawn, _ = make_draw(config(path=path), 17, 10)(KEY, Images(images, None))
     x1 = fm.velocity_to_x1(PATHS[path], drawn.t, drawn.x_t, drawn.u_t)
     # Another path's formula would not give the images back.
     agree = np.asarray(pixels.quantize(x1, 17)) == images
@@ -62,7 +62,7 @@ def test_the_path_flag_and_the_images(path):
 
 
 def recovered(flags, images):
-    drawn = make_draw(config(**flags), 17)(KEY, images)
+    drawn, _ = make_draw(config(**flags), 17, 10)(KEY, Images(images, None))
     path = fm.cond_ot()
     return [f(path, drawn.t, drawn.x_t, drawn.u_t) for f in (fm.velocity_to_x0, fm.velocity_to_x1)]
 
@@ -88,9 +88,9 @@ def test_the_flip_flag():
 
 @pytest.mark.slow
 def test_the_times_flag():
-    images = load(config(), "train[:1000]").images
+    images = Images(load(config(), "train[:1000]").images, None)
     means = {
-        times: float(make_draw(config(times=times), 17)(KEY, images).t.mean())
+        times: float(make_draw(config(times=times), 17, 10)(KEY, images)[0].t.mean())
         for times in ("uniform", "logit_normal", "edm_skewed")
     }
     # E sigmoid(1.2 + 1.2 n) = 0.715; the standard error of 1000 draws is below 0.01.
@@ -140,7 +140,7 @@ def test_a_folder_takes_one_process_at_a_time(tmp_path):
 def test_bfloat16_and_remat_leave_parameters_gradients_and_loss_float32():
     model = models.UNet(channels=16, channel_multipliers=(1,), num_res_blocks=1, dropout=0.1)
     images = load(config(), "train[:8]").images
-    drawn = make_draw(config(), 17)(KEY, images)
+    drawn = make_draw(config(), 17, 10)(KEY, Images(images, None))
 
     @jax.jit
     def init(key):

@@ -21,7 +21,11 @@ def test_ways():
 @pytest.mark.slow
 def test_the_curve_of_another_seed_is_another(tmp_path):
     """In one store: equal seeds read what is there, another seed's noise is not taken for it."""
-    model = trained.Trained("known", None, 0, {}, lambda params: lambda t, x: -x, "", True)  # pyright: ignore
+
+    def decay(params, labels):
+        return lambda t, x: -x
+
+    model = trained.Trained("known", None, 0, {}, decay, decay, None, "", True)  # pyright: ignore
     points = drawing.ways((4,), (0.1,))
 
     def measure(seed):
@@ -63,7 +67,7 @@ def test_another_number_of_samples_takes_no_stale_features(tmp_path):
         sizes.add(len(images))
         return images.reshape(len(images), -1)[:, :3].astype(np.float32)
 
-    judge = judging.Judge(Encoder("e", "d", features, None, 3), None, 4, False, {})  # pyright: ignore
+    judge = judging.Judge(Encoder("e", "d", features, None, 3), None, 10, 4, False, {})  # pyright: ignore
     encoded = store.Store(tmp_path, "features", {})
     for num in (95, 100, 90, 120, 95):
         got = quality.encode_samples(judge, encoded, "seed_0", images[:num], 40)

@@ -281,7 +281,7 @@ def test_an_evaluation_names_network_and_weights_beside_its_distance(
     np.testing.assert_allclose(found.reference.features, features, rtol=1e-4, atol=1e-5)
     other = found.encode(255 - real, 40)
     want = metrics.frechet_distance(metrics.moments(other), metrics.moments(features))
-    assert found.figures(other)["frechet_distance"].value == pytest.approx(want, rel=1e-4)
+    assert found.figures(other, None)["frechet_distance"].value == pytest.approx(want, rel=1e-4)
 
 
 def test_an_evaluation_refuses_images_of_another_kind(tmp_path, monkeypatch, weights):
