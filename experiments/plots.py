@@ -48,6 +48,18 @@ def save_grid(
     Image.fromarray(sheet[..., 0] if channel == 1 else sheet).save(path, optimize=True)
 
 
+def save_picture(image: np.ndarray, path: pathlib.Path, *, num_levels: int = 256) -> None:
+    """A PNG of one image, pixel by pixel.
+
+    Args:
+      image: integers in 0..num_levels-1, `[height, width, channel]`, 1 or 3 channels.
+      path: where to.
+      num_levels: pixel values.
+    """
+    pixels = np.round(image.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, optimize=True)
+
+
 def save_loss_curve(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """The loss of metrics.jsonl against the step, each line and a running mean over ten."""
     rows = [row for row in rows if row["loss"] is not None]  # steps that were left out

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -28,7 +29,7 @@ ARROWS = {
     "couplings": {"types"},
     "solve": {"sources", "types"},
     "models": {"types"},
-    "weights": set(),
+    "weights": {"files"},
     "data": {"files", "types"},
     "training": {"files", "types"},
     "metrics": {"files", "weights"},
@@ -36,7 +37,7 @@ ARROWS = {
 CORE = {"couplings", "guidance", "losses", "paths", "solve", "sources", "times", "types"}
 ARROWS["fmjax"] = CORE  # fmjax/__init__.py hands the core's names on and nothing else
 EXPERIMENTS = {
-    "experiments": {"data", "files", "metrics", "models", "training"},
+    "experiments": {"data", "files", "metrics", "models", "training", "weights"},
     "experiments.benchmarks": {"experiments", "data", "models", "solve", "training"},
 }
 HEAVY = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "ott")
@@ -157,3 +158,7 @@ def test_docstring_examples_run(module):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     done = doctest.testmod(importlib.import_module(module), optionflags=flags)
     assert not done.failed
+
+
+def test_the_version_is_the_packages():
+    assert fm.__version__ == importlib.metadata.version("fmjax")
