@@ -44,3 +44,5 @@ from .types import SourceLogProb as SourceLogProb
 from .types import TimeSampler as TimeSampler
 from .types import Velocity as Velocity
 from .types import per_example as per_example
+
+__version__ = "0.1.0"
