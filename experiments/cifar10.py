@@ -10,8 +10,8 @@ are in experiments/benchmarks/results.
 import dataclasses
 import pathlib
 
-from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
+from fmjax.harness import command
 
 
 @dataclasses.dataclass(frozen=True)

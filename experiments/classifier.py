@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from experiments.records import write_json, write_whole, writing
 from fmjax.files import hash_bytes
+from fmjax.harness.records import write_json, write_whole, writing
 from fmjax.metrics.encoders import Encoder
 from fmjax.training import digests
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from experiments import drawing
-from experiments.store import Store, progress
 from experiments.trained import Trained
+from fmjax.harness.store import Store, progress
 from fmjax.metrics import Estimate
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from scipy import special
 
 import fmjax as fm
-from experiments.store import Store, progress
 from experiments.trained import Trained
 from fmjax import data
 from fmjax.data import dequantization
+from fmjax.harness.store import Store, progress
 from fmjax.metrics import Estimate
 from fmjax.training import sharding
 

@@ -9,8 +9,8 @@ standard error 0.01).
 import dataclasses
 import pathlib
 
-from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
+from fmjax.harness import command
 
 
 @dataclasses.dataclass(frozen=True)

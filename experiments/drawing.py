@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import fmjax as fm
-from experiments.progress import progress
-from experiments.store import Store
 from experiments.trained import Trained
+from fmjax.harness.progress import progress
+from fmjax.harness.store import Store
 from fmjax.training import sharding
 
 SOLVERS = {

@@ -22,16 +22,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import classifier, command
-from experiments.bounds import check_numbers, check_seeds
+from experiments import classifier
 from experiments.classifier import Classifier
 from experiments.classifier import load_encoder as load_encoder
-from experiments.progress import progress
-from experiments.records import environment, make_folder
 from experiments.reference import encode
 from fmjax import data, training
 from fmjax.data import pixels
 from fmjax.files import hash_bytes
+from fmjax.harness import command
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.progress import progress
+from fmjax.harness.records import environment, make_folder
 from fmjax.metrics import Estimate, class_accuracy
 from fmjax.metrics.encoders import Encoder
 

@@ -16,7 +16,6 @@ import numpy as np
 
 import fmjax as fm
 from experiments import (
-    command,
     curve,
     densities,
     drawing,
@@ -30,12 +29,13 @@ from experiments import (
     trained,
     two_moons,
 )
-from experiments.config import RunConfig
 from experiments.protocol import Config
-from experiments.records import lock, write_json, write_text, writing
-from experiments.store import Store, num_computed
 from fmjax import data
 from fmjax.data import dequantization
+from fmjax.harness import command
+from fmjax.harness.config import RunConfig
+from fmjax.harness.records import lock, write_json, write_text, writing
+from fmjax.harness.store import Store, num_computed
 from fmjax.metrics import Estimate
 from fmjax.training import digests
 

@@ -12,8 +12,9 @@ from typing import Annotated
 
 import tyro
 
-from experiments import command, images, trained
+from experiments import images, trained
 from fmjax import weights
+from fmjax.harness import command
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import cluster, loop, plots, step
-from experiments.config import RunConfig, begin, check_num_examples, mesh
+from experiments import plots
 from experiments.errors import standard_error
-from experiments.run import Run
 from fmjax import data, models, training
 from fmjax.data import pixels
+from fmjax.harness import cluster, loop, step
+from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
+from fmjax.harness.run import Run
 from fmjax.models import cpu
 from fmjax.models import kernels as xla
+from fmjax.tasks import choices
 from fmjax.training import sharding
 
 KERNELS = {"xla": xla.KERNELS, "cpu": cpu.KERNELS}
@@ -257,7 +259,7 @@ def make_draw(config: ImageConfig, num_levels: int, num_classes: int) -> step.Dr
         if labels is not None:
             key_label = jax.random.fold_in(key, 3)  # the others are those of a run without labels
             labels = fm.drop_labels(key_label, labels, num_classes, config.label_dropout)
-        return step.draw_path_sample(config, key_path, x1), labels
+        return choices.draw_path_sample(config, key_path, x1), labels
 
     return draw
 

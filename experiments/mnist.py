@@ -9,8 +9,8 @@ On two cores of a shared server: 23 minutes of training, 3.62 bits/dim (held out
 import dataclasses
 import pathlib
 
-from experiments import command
 from experiments.images import ImageConfig, UNetConfig, run_experiment
+from fmjax.harness import command
 
 
 @dataclasses.dataclass(frozen=True)

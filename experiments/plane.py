@@ -11,9 +11,9 @@ import fmjax as fm
 from experiments import drawing
 from experiments.curve import errors_over_seeds, over_seeds
 from experiments.errors import standard_error
-from experiments.store import Store, progress
 from experiments.trained import Trained
 from fmjax import metrics
+from fmjax.harness.store import Store, progress
 from fmjax.training import sharding
 
 EXTENT, SIDE = 3.5, 200  # of the density's grid

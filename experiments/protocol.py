@@ -8,10 +8,10 @@ import jax
 import tyro
 
 from experiments import judging, trained
-from experiments.bounds import check_numbers, check_seeds
-from experiments.config import flags
-from experiments.records import environment
 from fmjax import data
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.config import flags
+from fmjax.harness.records import environment
 from fmjax.training import sharding
 
 NUM_POINTS = 2048  # held-out points of a 2-D run

@@ -14,9 +14,9 @@ import numpy as np
 from experiments import drawing
 from experiments.curve import errors_over_seeds
 from experiments.judging import Judge
-from experiments.store import Store, progress
 from experiments.trained import Trained
 from fmjax.data import pixels
+from fmjax.harness.store import Store, progress
 
 
 def measure(

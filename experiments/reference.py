@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from experiments.progress import progress
-from experiments.records import make_folder, write_json, write_whole, writing
 from fmjax.files import hash_file
+from fmjax.harness.progress import progress
+from fmjax.harness.records import make_folder, write_json, write_whole, writing
 from fmjax.metrics import Moments, moments
 from fmjax.metrics.encoders import Encoder
 from fmjax.training import digests

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import command, drawing, images, plots, trained
-from experiments.bounds import check_numbers, check_seeds
-from experiments.records import make_folder, write_whole
-from experiments.store import Store, progress
+from experiments import drawing, images, plots, trained
 from fmjax.data import pixels
+from fmjax.harness import command
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.records import make_folder, write_whole
+from fmjax.harness.store import Store, progress
 from fmjax.training import sharding
 
 

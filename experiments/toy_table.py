@@ -52,9 +52,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import command, toy_data, toy_flows, toy_report
-from experiments.bounds import check_numbers, check_seeds
-from experiments.records import environment, make_folder, write_json, write_text, writing
+from experiments import toy_data, toy_flows, toy_report
+from fmjax.harness import command
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.records import environment, make_folder, write_json, write_text, writing
 from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"

@@ -15,8 +15,8 @@ import numpy as np
 
 import fmjax as fm
 from experiments import cifar10, digits, images, mnist, two_moons
-from experiments.config import RunConfig
 from fmjax import models
+from fmjax.harness.config import RunConfig
 from fmjax.training import checkpoints, digests
 
 CONFIGS: dict[str, type[RunConfig]] = {

@@ -17,12 +17,14 @@ import numpy as np
 from sklearn import datasets
 
 import fmjax as fm
-from experiments import cluster, command, loop, plots, step
-from experiments.bounds import check_seeds
-from experiments.config import RunConfig, begin, check_num_examples, mesh
+from experiments import plots
 from experiments.errors import standard_error
-from experiments.run import Run
 from fmjax import models, training
+from fmjax.harness import cluster, command, loop, step
+from fmjax.harness.bounds import check_seeds
+from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
+from fmjax.harness.run import Run
+from fmjax.tasks import choices
 from fmjax.training import sharding
 
 
@@ -80,7 +82,7 @@ def main(config: Config) -> dict[str, Any]:
     with Run("two_moons", config) as run:
         init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, 2)))
         state = step.init_state(config, init, key_params, tx)
-        draw = functools.partial(step.draw_path_sample, config)
+        draw = functools.partial(choices.draw_path_sample, config)
         steps = step.make_steps(config, draw, loss_fn, tx, state)
         state, rate = loop.train(run, state, steps, key_train, len(x1), lambda rows: x1[rows])
         summary = {

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments import command
+from fmjax.harness import command
 
 
 @dataclasses.dataclass(frozen=True)

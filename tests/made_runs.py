@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from experiments import step, trained
-from experiments.run import Run
+from experiments import trained
+from fmjax.harness import step
+from fmjax.harness.run import Run
 
 
 def untrained(config, event_shape, name):

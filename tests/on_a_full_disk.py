@@ -17,8 +17,9 @@ from unittest import mock
 import jax.numpy as jnp
 
 import fmjax as fm
-from experiments import command, evaluate, failures, plane, plots, protocol, run, store, two_moons
-from experiments.events import Events
+from experiments import evaluate, plane, plots, protocol, two_moons
+from fmjax.harness import command, failures, run, store
+from fmjax.harness.events import Events
 
 MOONS = "--num-steps 40 --checkpoint-every 20 --log-every 1 --batch-size 64 --model.features 16 "
 MOONS += "--num-samples 50 --eval-examples 64"

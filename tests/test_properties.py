@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmjax as fm
-from experiments import loop, two_moons
+from experiments import two_moons
 from fmjax import data, training
 from fmjax.data import pixels
+from fmjax.harness import loop
 from fmjax.types import broadcast_time
 
 FLOATS = st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16])

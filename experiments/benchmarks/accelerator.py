@@ -36,10 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import cifar10, command, images, step
-from experiments.config import mesh
-from experiments.records import environment, write_json
+from experiments import cifar10, images
 from fmjax import models
+from fmjax.harness import command, step
+from fmjax.harness.config import mesh
+from fmjax.harness.records import environment, write_json
 from fmjax.training import sharding
 
 LARGE = images.UNetConfig(

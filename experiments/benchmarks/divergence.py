@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import command, images, trained
-from experiments.records import environment, write_json
+from experiments import images, trained
 from fmjax.data import pixels
+from fmjax.harness import command
+from fmjax.harness.records import environment, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cifar10, command, digits, mnist, step
+from experiments import cifar10, digits, mnist
 from experiments.images import KERNELS, ImageConfig, Images, UNetConfig, make_draw, make_loss
 from fmjax import models
+from fmjax.harness import command, step
 
 SMALL = UNetConfig(32, (1, 2, 2, 2), attention_resolutions=(16,), head_channels=32)
 RUNS: dict[str, tuple[ImageConfig, tuple[int, ...]]] = {

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import command
-from experiments.records import environment, write_json
 from fmjax import models
+from fmjax.harness import command
+from fmjax.harness.records import environment, write_json
 from fmjax.solve import each
 
 

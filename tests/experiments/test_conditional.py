@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import digits, images, loop
+from experiments import digits, images
 from experiments.images import Images, UNetConfig
+from fmjax.harness import loop
 
 KEY = jax.random.key(0)
 TINY = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)

@@ -6,9 +6,10 @@ import pytest
 from test_dequantization import diagonal_trace, exact_bits, images_and_flow
 
 import fmjax as fm
-from experiments import densities, store, trained
+from experiments import densities, trained
 from fmjax import data
 from fmjax.data import dequantization
+from fmjax.harness import store
 from fmjax.metrics import Estimate
 
 SETTINGS = {"dequantization": "uniform", "solver": "Tsit5", "tolerance": 1e-4, "seed": 0}

@@ -29,13 +29,13 @@ from experiments import (
     images,
     judging,
     report,
-    store,
     trained,
     two_moons,
 )
 from experiments.images import UNetConfig
 from fmjax import models
 from fmjax.data import pixels
+from fmjax.harness import store
 
 pytestmark = pytest.mark.slow  # all evaluate runs
 ROOT = pathlib.Path(__file__).parents[2]

@@ -14,10 +14,10 @@ import scipy.optimize
 import fmjax as fm
 from experiments import digits, two_moons
 from experiments.images import ImageConfig, Images, load, make_draw, make_loss, measure_bits_per_dim
-from experiments.run import Run
-from experiments.step import PATHS
 from fmjax import data, models, training
 from fmjax.data import pixels
+from fmjax.harness.run import Run
+from fmjax.tasks.choices import PATHS
 from fmjax.training import checkpoints
 
 KEY = jax.random.key(7)

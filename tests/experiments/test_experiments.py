@@ -17,11 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import cifar10, digits, images, loop, mnist, plots, step, two_moons
-from experiments.config import flags
+from experiments import cifar10, digits, images, mnist, plots, two_moons
 from experiments.images import UNetConfig, choose_kernels, load
-from experiments.run import Run
 from fmjax import data, models
+from fmjax.harness import loop, step
+from fmjax.harness.config import flags
+from fmjax.harness.run import Run
 from fmjax.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from namespaces import ROOT, in_a_namespace
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from experiments.events import Events
-from experiments.records import DiskError, disk_failure, lock, write_text, writing
+from fmjax.harness.events import Events
+from fmjax.harness.records import DiskError, disk_failure, lock, write_text, writing
 from fmjax.training.checkpoints import CheckpointSaveError
 
 FULL = os.strerror(errno.ENOSPC)

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cluster, trained, two_moons
+from experiments import trained, two_moons
+from fmjax.harness import cluster
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 48 --eval-examples 64"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import reference
-from experiments.records import write_whole
 from experiments.reference import encode, load, load_or_compute
+from fmjax.harness.records import write_whole
 from fmjax.metrics.encoders import Encoder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 1), np.uint8)

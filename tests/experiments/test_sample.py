@@ -13,10 +13,11 @@ from made_runs import untrained
 from PIL import Image
 
 import fmjax as fm
-from experiments import digits, export, sample, store, trained, two_moons
+from experiments import digits, export, sample, trained, two_moons
 from experiments.images import UNetConfig
 from fmjax import models, weights
 from fmjax.data import pixels
+from fmjax.harness import store
 
 pytestmark = pytest.mark.slow  # all draw from runs
 UNET = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)

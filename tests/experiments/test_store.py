@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import curve, drawing, judging, quality, store, trained
+from experiments import curve, drawing, judging, quality, trained
+from fmjax.harness import store
 from fmjax.metrics import Estimate
 from fmjax.metrics.encoders import Encoder
 

@@ -116,6 +116,6 @@ def _facts(row: Row, sides: dict[str, Side], errors: dict[str, str]) -> dict[str
 
 
 if __name__ == "__main__":
-    from experiments import command  # not at the top: workers import this file, and JAX later
+    from fmjax.harness import command  # not at the top: workers import this file, and JAX later
 
     command.run(main, Config, name="experiments.benchmarks.compare", doc=__doc__)

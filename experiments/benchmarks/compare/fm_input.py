@@ -23,7 +23,7 @@ def reading(options: Options) -> dict[str, Case]:
         data.load("cifar10", points.CHOSEN)
 
     def batches() -> None:
-        """As `experiments.loop`: indices, gather, on to the device."""
+        """As `fmjax.harness.loop`: indices, gather, on to the device."""
         indices = data.batches(len(images), points.BATCH, seed=0)
         for _ in range(BATCHES):
             jax.block_until_ready(sharding.shard_batch(images[next(indices)], mesh))

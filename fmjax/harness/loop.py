@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import cluster
-from experiments.config import RunConfig, mesh
-from experiments.failures import NotFinite
-from experiments.progress import progress
-from experiments.run import Run
-from experiments.step import Steps
 from fmjax import data, training
+from fmjax.harness import cluster
+from fmjax.harness.config import RunConfig, mesh
+from fmjax.harness.failures import NotFinite
+from fmjax.harness.progress import progress
+from fmjax.harness.run import Run
+from fmjax.harness.step import Steps
 from fmjax.training import sharding
 
 Batch = Callable[[np.ndarray], Any]  # rows `[num]` of the data -> a pytree of arrays `[num, ...]`

@@ -13,7 +13,8 @@ import pytest
 from commands import end, one_line
 
 import fmjax as fm
-from experiments import run, step, two_moons
+from experiments import two_moons
+from fmjax.harness import run, step
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import optax
 
-from experiments import cluster
-from experiments.records import disk_failure, write_whole
-from experiments.run import Run
 from fmjax import training
+from fmjax.harness import cluster
+from fmjax.harness.records import disk_failure, write_whole
+from fmjax.harness.run import Run
 
 
 class NotFinite:

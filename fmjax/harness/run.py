@@ -25,10 +25,11 @@ import math
 import sys
 from typing import Any
 
-from experiments import cluster
-from experiments.config import FREE, RunConfig, flags
-from experiments.events import Events
-from experiments.records import (
+from fmjax import training
+from fmjax.harness import cluster
+from fmjax.harness.config import FREE, RunConfig, flags
+from fmjax.harness.events import Events
+from fmjax.harness.records import (
     claim,
     compiled_in,
     disk_failure,
@@ -37,7 +38,6 @@ from experiments.records import (
     write_text,
     writing,
 )
-from fmjax import training
 from fmjax.training import checkpoints
 
 

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments.cluster import ProcessZeroError
+from fmjax.harness.cluster import ProcessZeroError
 
 _OURS = frozenset({"fmjax", "experiments", "__main__"})
 _TALKERS = ("absl", "asyncio", "jax._src.callback")  # they log the errors that they raise
@@ -49,7 +49,7 @@ def run(
     Args:
       main: what the command does.
       config: the dataclass of its flags.
-      name: the command's module, "experiments.digits" for instance.
+      name: the command's module, "my_project.moons" for instance.
       doc: what `--help` says first.
       args: the words of the command line; None for this process's.
 

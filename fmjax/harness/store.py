@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.progress import progress as progress
-from experiments.records import environment, write_json, write_whole
+from fmjax.harness.progress import progress as progress
+from fmjax.harness.records import environment, write_json, write_whole
 from fmjax.training import digests
 
 Arrays = dict[str, np.ndarray]

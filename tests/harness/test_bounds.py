@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cifar10, cluster, config, digits, mnist, report, two_moons
-from experiments.bounds import check_numbers, check_seeds
-from experiments.cluster import ClusterConfig
+from experiments import cifar10, digits, mnist, report, two_moons
 from experiments.densities import _bound
 from experiments.errors import standard_error
 from experiments.images import ImageConfig, UNetConfig, load
+from fmjax.harness import cluster, config
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.cluster import ClusterConfig
 
 IMAGES = (digits, mnist, cifar10)
 NAN = float("nan")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import records
+from fmjax.harness import records
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pytest
 from commands import Config, end, one_line
 
 import fmjax as fm
-from experiments import command, digits, encoder, evaluate, toy_table, two_moons
-from experiments.cluster import ProcessZeroError
-from experiments.run import Run
+from experiments import digits, encoder, evaluate, toy_table, two_moons
+from fmjax.harness import command
+from fmjax.harness.cluster import ProcessZeroError
+from fmjax.harness.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def raising(error):
         (digits, "--flip --no-flip", "given once; got --flip twice"),
         (digits, "--model.conv-resample --model.no-conv-resample", "--model.conv-resample twice"),
         (digits, "--num_steps 2 --num-steps 2", "given once; got --num-steps twice"),
-        (digits, "--dataset ./", "got ./: that is a folder. Pictures of your own can't be"),
+        (digits, "--dataset ./", "got ./: that is a folder. Write folder:./"),
         (digits, "--model.num-heads 0", "--model.num-heads must be positive; got 0."),
         (digits, "--model.channel-multipliers 1 1 1 1 1", "must be divisible by 16"),
         (digits, "--workdir /dev/null/run", "/dev/null/run: Not a directory"),

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from experiments.bounds import check_numbers, check_seeds
-from experiments.cluster import ClusterConfig, join
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.cluster import ClusterConfig, join
 from fmjax.training import sharding
 
 # Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.

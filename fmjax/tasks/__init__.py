@@ -1,0 +1,1 @@
+"""What experiments of one kind share, beside the harness that is the same for all."""
