@@ -74,6 +74,7 @@ def evaluate_images(
     config: Config, run_config: images.ImageConfig, folder: pathlib.Path
 ) -> tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]:
     """Bits/dim and sample quality of an image run, and what measures its curve."""
+    trained.check_own_data(config.run, run_config)
     held_out = protocol.first(images.load(run_config, run_config.eval_split), config.eval_examples)
     event_shape = held_out.images.shape[1:]
     model = trained.load(
@@ -115,12 +116,12 @@ def evaluate_images(
         num_samples=config.num_samples,
         seeds=config.seeds,
     )
-    columns, num_classes = None, model.num_classes
-    if num_classes is None:
+    columns, labels = None, model.labels(np.arange(len(drawn)))
+    if labels is None:
         drawn = drawn[:64]
-    else:  # they come by turns, and each class gets a row
-        columns = max(1, min(8, len(drawn) // num_classes))
-        drawn = drawn[np.argsort(np.arange(columns * num_classes) % num_classes, kind="stable")]
+    else:  # a row for each class, of at most eight
+        kept = np.arange(len(drawn)) < 8 * held_out.num_classes
+        drawn, columns = plots.by_class(drawn[kept], labels[kept], held_out.num_levels)
     picture = folder / "samples.png"
     plots.save_grid(drawn, picture, num_levels=held_out.num_levels, columns=columns)
 

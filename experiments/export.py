@@ -15,6 +15,7 @@ import tyro
 from experiments import images, trained
 from fmjax import weights
 from fmjax.harness import command
+from fmjax.harness.records import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ def main(config: Config) -> None:
     _, run_config = trained.read_config(config.run)
     shape, num_classes = (2,), None
     if isinstance(run_config, images.ImageConfig):
-        held_out = images.load(run_config, run_config.eval_split)
-        shape, num_classes = held_out.images.shape[1:], held_out.num_classes
+        known = trained.read_data(config.run, run_config)
+        shape, num_classes = tuple(known["event_shape"]), known["num_classes"]
     model = trained.load(config.run, shape, average=config.average, num_classes=num_classes)
     record = json.loads((config.run / "config.json").read_text()) | {
         "step": model.step,
@@ -45,6 +46,7 @@ def main(config: Config) -> None:
         "event_shape": shape,
         "num_classes": model.num_classes,
     }
+    make_folder(config.file.absolute().parent)
     weights.export_safetensors(config.file, model.params, record)
     print(f"{config.file}: the parameters of step {model.step}, {record['parameters']}")
 

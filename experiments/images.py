@@ -29,9 +29,10 @@ from fmjax.harness.run import Run
 from fmjax.models import cpu
 from fmjax.models import kernels as xla
 from fmjax.tasks import choices
-from fmjax.training import sharding
+from fmjax.training import digests, sharding
 
 KERNELS = {"xla": xla.KERNELS, "cpu": cpu.KERNELS}
+_OWN = {"folder": "folder", "npz": "file"}
 PAID_BACK = 300  # steps, and fewer in every run that experiments.benchmarks.kernels measures
 
 
@@ -125,7 +126,7 @@ def run_experiment(name: str, config: ImageConfig) -> dict[str, Any]:
     trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
     key_params, key_train, key_x0, key_eval = jax.random.split(jax.random.key(config.seed), 4)
     tx = step.make_optimizer(config)
-    with Run(name, config) as run:
+    with Run(name, config, describe(dataset)) as run:
         state = step.init_state(config, init, key_params, tx)
         draw, loss_fn = make_draw(config, levels, dataset.num_classes), make_loss(trained)
         _say(f"Training with the {kernels} kernels (--kernels {config.kernels}).")
@@ -162,7 +163,7 @@ def load(config: ImageConfig, split: str) -> data.ImageDataset:
       ValueError: as `data.load` and its likes do; for a folder without "folder:", and for what TFDS
         can't load.
     """
-    kind, _, path = config.dataset.partition(":")
+    kind, colon, path = config.dataset.partition(":")
     if config.image_size is not None and kind != "folder":
         raise ValueError(
             f"--image-size is for --dataset folder:PATH; got {config.image_size} and "
@@ -170,10 +171,14 @@ def load(config: ImageConfig, split: str) -> data.ImageDataset:
         )
     if config.dataset == "digits":
         return data.load_digits(split)
-    if path and kind == "folder":
+    if colon and kind in ("folder", "npz"):
+        if not path:
+            raise ValueError(
+                f"--dataset {kind}: must name a {_OWN[kind]}; got none behind the colon."
+            )
+        if kind == "npz":
+            return data.load_npz(path, split)
         return data.load_folder(path, split, image_size=config.image_size)
-    if path and kind == "npz":
-        return data.load_npz(path, split)
     try:
         return data.load(config.dataset, split, config.data_dir)
     except (ValueError, AssertionError, ImportError) as error:
@@ -181,8 +186,8 @@ def load(config: ImageConfig, split: str) -> data.ImageDataset:
         if reason is None:
             raise
         raise ValueError(
-            '--dataset must be "digits" or the TFDS name of an image data set, such as mnist, '
-            f"fashion_mnist or cifar10; got {config.dataset}: {reason}"
+            '--dataset must be "digits", folder:PATH, npz:FILE or the TFDS name of an image data '
+            f"set, such as mnist, fashion_mnist or cifar10; got {config.dataset}: {reason}"
         ) from error
 
 
@@ -191,6 +196,8 @@ def _no_dataset(name: str, said: str) -> str | None:
     foreign = said.startswith(("Parsing builder name", "Failed to construct"))  # in TFDS's words
     if pathlib.Path(name).expanduser().is_dir() and (foreign or said.startswith("name must be")):
         return f"that is a folder. Write folder:{name}"
+    if pathlib.Path(name).expanduser().is_file():
+        return f"that is a file. Arrays in an .npz file are npz:{name}"
     return f"TFDS says: {said}" if foreign else None
 
 
@@ -208,6 +215,19 @@ def check_conditions(config: ImageConfig) -> None:
             f"--guidance other than 1 needs a network that was trained without classes too; got "
             f"{config.guidance} and --label-dropout 0. 0.1 is usual."
         )
+
+
+def describe(dataset: data.ImageDataset) -> dict[str, Any]:
+    """What a run folder keeps of its data: enough to draw from it, and to know the data again."""
+    return {
+        "event_shape": list(dataset.images.shape[1:]),
+        "num_levels": dataset.num_levels,
+        "num_classes": dataset.num_classes,
+        "num_examples": len(dataset.images),
+        "sha256": digests.hash_json(
+            [digests.hash_array(dataset.images), digests.hash_array(dataset.labels)]
+        ),
+    }
 
 
 class Images(NamedTuple):

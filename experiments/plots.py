@@ -28,11 +28,14 @@ def save_grid(
     """A PNG of a grid of images, small ones enlarged by a whole factor.
 
     Args:
-      images: integers in 0..num_levels-1, `[num, height, width, channel]`, 1 or 3 channels.
+      images: integers in 0..num_levels-1, `[num, height, width, channel]`. Other channels than 1
+        or 3 are drawn side by side.
       path: where to.
       num_levels: pixel values.
       columns: images per row; None for about a square.
     """
+    if images.shape[3] not in (1, 3):  # each channel grey, side by side
+        images = np.concatenate(np.split(images, images.shape[3], axis=3), axis=2)
     num, height, width, channel = images.shape
     columns = columns or int(np.ceil(np.sqrt(num)))
     rows = -(-num // columns)
@@ -56,8 +59,30 @@ def save_picture(image: np.ndarray, path: pathlib.Path, *, num_levels: int = 256
       path: where to.
       num_levels: pixel values.
     """
+    if image.shape[2] not in (1, 3):
+        raise ValueError(f"A picture has 1 or 3 channels; got {image.shape[2]}. Take an .npz file.")
     pixels = np.round(image.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, optimize=True)
+
+
+def by_class(images: np.ndarray, labels: np.ndarray, num_levels: int) -> tuple[np.ndarray, int]:
+    """Images in rows of one class each, in the order in which the classes first come.
+
+    Args:
+      images: `[num, height, width, channel]`.
+      labels: their classes, `[num]`.
+      num_levels: the last is white, which fills the rows up.
+
+    Returns:
+      The images with white ones between, and how many make a row.
+    """
+    classes = list(dict.fromkeys(labels.tolist()))
+    columns = int(max(np.count_nonzero(labels == label) for label in classes))
+    sheet = np.full((len(classes), columns, *images.shape[1:]), num_levels - 1, images.dtype)
+    for row, label in enumerate(classes):
+        members = images[labels == label]
+        sheet[row, : len(members)] = members
+    return sheet.reshape(-1, *images.shape[1:]), columns
 
 
 def save_loss_curve(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

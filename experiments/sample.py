@@ -8,8 +8,8 @@ folder, so that a command which was interrupted goes on where it was; a file is 
 """
 
 import dataclasses
-import math
 import pathlib
+import tempfile
 from typing import Annotated, Literal
 
 import jax
@@ -61,13 +61,17 @@ def main(config: Config) -> pathlib.Path:
     _check(config, run_config)
     assert isinstance(run_config, images.ImageConfig)
     out = _out(config)
-    data = images.load(run_config, run_config.eval_split)
-    event_shape, levels = data.images.shape[1:], data.num_levels
+    data = trained.read_data(config.run, run_config)
+    event_shape, levels = tuple(data["event_shape"]), data["num_levels"]
+    if config.format == "png" and event_shape[-1] not in (1, 3):
+        raise ValueError(
+            f"--format png needs 1 or 3 channels; {config.run} has {event_shape[-1]}. Take npz."
+        )
     model = trained.load(
         config.run,
         event_shape,
         average=config.average,
-        num_classes=data.num_classes,
+        num_classes=data["num_classes"],
         guidance=config.guidance,
     )
     labels = _labels(config, model)
@@ -77,16 +81,14 @@ def main(config: Config) -> pathlib.Path:
         arrays = {"images": drawn} | ({} if labels is None else {"labels": labels})
         write_whole(out, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
     elif config.format == "png":
-        part = out.with_name(f"{out.name}.part")
-        make_folder(part)
+        part = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
         for k, image in enumerate(progress(drawn, "pictures")):
             plots.save_picture(image, part / f"{k:06d}.png", num_levels=levels)
         part.rename(out)
     else:
         columns = None
         if labels is not None:  # each class asked for gets a row
-            columns = math.ceil(len(drawn) / len({*labels.tolist()}))
-            drawn = drawn[np.argsort(labels, kind="stable")]
+            drawn, columns = plots.by_class(drawn, labels, levels)
         plots.save_grid(drawn, out, num_levels=levels, columns=columns)
     print(f"{config.num} samples in {out}")
     return out
@@ -115,12 +117,8 @@ def _out(config: Config) -> pathlib.Path:
     out = config.out or config.run / "drawn" / ("_".join(words) + suffix)
     if out.exists():
         raise ValueError(f"{out} is there and stays as it is. Give --out another name.")
-    if config.out is not None and out.suffix != suffix:
-        raise ValueError(
-            f"--out must end in {suffix} for --format {config.format}; got {out}."
-            if suffix
-            else f"--out must be a folder's name for --format png; got {out}."
-        )
+    if suffix and out.suffix != suffix:
+        raise ValueError(f"--out must end in {suffix} for --format {config.format}; got {out}.")
     return out
 
 

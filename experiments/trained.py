@@ -17,6 +17,7 @@ import fmjax as fm
 from experiments import cifar10, digits, images, mnist, two_moons
 from fmjax import models
 from fmjax.harness.config import RunConfig
+from fmjax.harness.run import differences
 from fmjax.training import checkpoints, digests
 
 CONFIGS: dict[str, type[RunConfig]] = {
@@ -89,6 +90,28 @@ def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
             f"{path} must hold the flags of experiments.{name} as they are today; it lacks or adds "
             f"{error}. Evaluate it with the version that trained it, or train again."
         ) from None
+
+
+def read_data(folder: pathlib.Path, config: images.ImageConfig) -> dict[str, Any]:
+    """What an image run's data are, from config.json; from the data for a run that lacks it."""
+    found = json.loads((folder / "config.json").read_text()).get("data")
+    return found or images.describe(images.load(config, config.train_split))
+
+
+def check_own_data(folder: pathlib.Path, config: images.ImageConfig) -> None:
+    """Refuses pictures of a user's own that are not those which the run was trained on.
+
+    Else what it learnt by heart could stand among what is held out.
+    """
+    known = json.loads((folder / "config.json").read_text()).get("data")
+    if known is None or not config.dataset.startswith(("folder:", "npz:")):
+        return
+    now = images.describe(images.load(config, config.train_split))
+    if lines := differences(known, now):
+        raise ValueError(
+            f"{config.dataset} must hold the pictures that {folder} was trained on; it differs in "
+            f"{lines}. Bring them back."
+        )
 
 
 def load(

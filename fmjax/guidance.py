@@ -112,7 +112,8 @@ def batched_guidance(
     def guided(t: jax.Array, x: jax.Array) -> jax.Array:
         if np.shape(x)[:1] != (num_rows,):
             raise ValueError(
-                f"x must have one row for each of the {num_rows} conditions; got {np.shape(x)}."
+                f"x must have one row for each of the {num_rows} conditions; got {np.shape(x)}. "
+                "Where examples are solved one by one, close over one condition."
             )
         twice = jnp.concatenate([t, t]) if np.ndim(t) else t
         network = checked(lambda t, x: velocity(t, x, both), what="the velocity")
@@ -148,6 +149,10 @@ def guidance_interval(
 
     Source: Kynkaanniemi et al. 2024, arXiv 2404.07724.
     """
+    if np.ndim(t_lo) or np.ndim(t_hi):
+        raise ValueError(
+            f"The ends must be numbers, one for all; got {np.shape(t_lo)} and {np.shape(t_hi)}."
+        )
     if is_concrete(t_lo, t_hi) and not 0 <= t_lo <= t_hi <= 1:
         raise ValueError(f"The ends must be 0 <= t_lo <= t_hi <= 1; got {t_lo} and {t_hi}.")
     inner, outer = checked(guided, what="guided"), checked(plain, what="plain")
@@ -220,6 +225,8 @@ def drop_labels(key: jax.Array, labels: Any, null: Any, rate: float | jax.Array)
 
     Source: Ho and Salimans 2022, arXiv 2207.12598, algorithm 1.
     """
+    if np.ndim(rate):
+        raise ValueError(f"rate must be a number, one for all; got {np.shape(rate)}.")
     if is_concrete(rate) and not 0 <= rate <= 1:
         raise ValueError(f"rate must be a probability in [0, 1]; got {rate}.")
     labels, null = _conditions(labels, null)
@@ -261,7 +268,7 @@ def _conditions(condition: Any, null: Any) -> tuple[Any, Any]:
             "The condition and its null must be pytrees of one structure, and not empty; got "
             f"{tree} and {null_tree}."
         )
-    arrays = [as_array("condition", leaf) for leaf in leaves]
+    arrays = [_held("condition", leaf) for leaf in leaves]
     sizes = {leaf.shape[:1] for leaf in arrays}
     if len(sizes) > 1 or () in sizes:
         raise ValueError(
@@ -272,19 +279,28 @@ def _conditions(condition: Any, null: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(tree, arrays), jax.tree.unflatten(tree, found)
 
 
+def _held(what: str, value: Any) -> jax.Array:
+    """`as_array` that refuses whole numbers which JAX would cut to its 32 bits."""
+    array = as_array(what, value)
+    if isinstance(value, np.ndarray | np.generic) and jnp.issubdtype(array.dtype, jnp.integer):
+        if (np.asarray(array) != value).any():
+            raise ValueError(f"{what} must be numbers that {array.dtype} holds; got {value}.")
+    return array
+
+
 def _null(leaf: jax.Array, value: Any) -> jax.Array:
-    value = as_array("null", value)
+    value = _held("null", value)
     if value.shape not in ((), leaf.shape[1:], leaf.shape):
         raise ValueError(
             f"null must have the shape [], {leaf.shape[1:]} or {leaf.shape}, as its condition; "
             f"got {value.shape}."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and (
-        jnp.issubdtype(value.dtype, jnp.inexact)
-        or (
-            is_concrete(value) and (np.asarray(value) != np.asarray(value).astype(leaf.dtype)).any()
-        )
-    ):
+    whole = not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    cut = whole and jnp.issubdtype(value.dtype, jnp.inexact)
+    if is_concrete(value) and (whole or not jnp.issubdtype(value.dtype, jnp.inexact)):
+        cast = np.asarray(value).astype(leaf.dtype)
+        cut |= not np.array_equal(np.asarray(value, np.float64), np.asarray(cast, np.float64))
+    if cut:
         raise ValueError(
             f"null must be a number that the condition's dtype can hold; got {value} for "
             f"{leaf.dtype}. labels.astype(jnp.int32) holds all classes and the null class."

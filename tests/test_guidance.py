@@ -172,6 +172,8 @@ def test_one_call_on_twice_the_batch_is_two_calls(t, scale):
         (jnp.zeros(2, int), 0.5, "null must be a number that the condition's dtype can hold"),
         (jnp.zeros(2, jnp.uint8), 300, "null must be a number that the condition's dtype can hold"),
         (jnp.zeros((2, 3)), jnp.zeros(2), "null must have the shape"),
+        (jnp.zeros(2, jnp.bfloat16), 257, "null must be a number that the condition's dtype can"),
+        (np.array([0, 2**33]), 10, "condition must be numbers that int32 holds"),
         ({"a": jnp.zeros(2)}, 0.0, "pytrees of one structure"),
         (None, None, "pytrees of one structure, and not empty"),
         ({"a": jnp.zeros(2), "b": jnp.zeros(3)}, {"a": 0.0, "b": 0.0}, "share their batch axis"),
@@ -215,6 +217,8 @@ def test_guidance_within_an_interval():
     for ends in ((0.5, 0.2), (-0.1, 0.5), (0.0, 1.1), (np.nan, 0.5)):
         with pytest.raises(ValueError, match="0 <= t_lo <= t_hi <= 1"):
             fm.guidance_interval(lambda t, x: x, lambda t, x: x, *ends)
+    with pytest.raises(ValueError, match="The ends must be numbers, one for all"):
+        fm.guidance_interval(lambda t, x: x, lambda t, x: x, jnp.array([0.1, 0.2]), 0.8)
 
 
 def test_only_one_of_the_two_is_called():
@@ -267,6 +271,8 @@ def test_the_leaves_of_a_condition_are_dropped_together():
 def test_a_rate_that_is_no_probability(rate):
     with pytest.raises(ValueError, match=r"rate must be a probability in \[0, 1\]"):
         fm.drop_labels(jax.random.key(0), jnp.zeros(3, int), 10, rate)
+    with pytest.raises(ValueError, match="rate must be a number, one for all"):
+        fm.drop_labels(jax.random.key(0), jnp.zeros(3, int), 10, jnp.zeros(3))
 
 
 def test_a_model_for_one_example():

@@ -1,18 +1,20 @@
 """Pictures of one's own: folders of picture files, and arrays in a .npz file.
 
-Both are read once into memory as 8-bit images. Where nobody has said which are for testing, a tenth
-of each class is: a choice that depends on the seed and on the names or numbers of the pictures
-alone, so that it is the same in every run.
+Both are read once into memory as 8-bit images. Where nobody has said which are for testing, about a
+tenth is. A picture of a folder is held out by a hash of its class and its name, so that pictures
+which come later leave the others where they are.
 """
 
 import concurrent.futures
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import hash_bytes
 from . import splits
 from .images import ImageDataset
 
@@ -20,6 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEST_SHARE = 0.1
 _NAMED = 5  # files that an error names, of all that it counts
 _GREY = ("1", "L", "LA")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def load_folder(
@@ -29,11 +32,12 @@ def load_folder(
 
     Folders in it are classes, in the order of their names; pictures that are in no folder are of
     one class. If there are just the folders "train" and "test", those are the splits, each with its
-    classes. Else a tenth of each class is "test", drawn by `seed`.
+    classes. Else about a tenth of each class is "test", at least one of two or more, chosen by
+    hashes of `seed` and the names.
 
     A picture is turned as its EXIF says, laid on white where it is transparent, and has three
-    channels, or one if all pictures are grey. Files that start with a dot, and files without one of
-    the usual suffixes, are passed over.
+    channels, or one if all pictures are grey. Files and folders that start with a dot, and files
+    without one of the usual suffixes, are passed over.
 
     Args:
       path: the folder.
@@ -47,9 +51,10 @@ def load_folder(
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it holds no picture; pictures both in folders and beside them; an unreadable
-        picture, or one of 16 bits a channel, which is named; pictures of several sizes without
-        `image_size`; a class of which "train" has nothing; for an unknown split or an empty slice.
+      ValueError: if it holds no picture; pictures both in folders and beside them; folders that are
+        called like splits, but not just "train" and "test"; an unreadable picture, or one of 16
+        bits a channel, which is named; pictures of several sizes without `image_size`; a class of
+        which "train" has nothing; for an unknown split or an empty slice.
 
     Example:
       >>> load_folder("my_pictures", "train", image_size=32).images.shape  # doctest: +SKIP
@@ -59,9 +64,15 @@ def load_folder(
         raise ValueError(f"image_size must be positive; got {image_size}.")
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} of pictures.")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"There is no folder {folder} of pictures: it {what}.")
     parts = sorted(child.name for child in folder.iterdir() if child.is_dir() and _seen(child))
     apart = parts == ["test", "train"] and not _pictures(folder, deep=False)
+    if not apart and any(name.lower() in _SPLITS for name in parts):
+        raise ValueError(
+            f"Folders called like splits must be just train and test; {folder} holds "
+            f"{', '.join(parts)}. Rename them, or move the others away."
+        )
     found = {name: _classes(folder / name) for name in parts} if apart else {"": _classes(folder)}
     names = sorted({name for classes in found.values() for name in classes})
     files, labels, rows = [], [], {"train": [], "test": []}
@@ -70,7 +81,8 @@ def load_folder(
             numbers = np.arange(len(files), len(files) + len(members))
             files += members
             labels += [names.index(name)] * len(members)
-            held_out = {part: numbers} if apart else _hold_out(numbers, [seed, names.index(name)])
+            told = [f"{name}/{file.relative_to(folder / part / name)}" for file in members]
+            held_out = {part: numbers} if apart else _hold_out(numbers, told, seed)
             for split_name, those in held_out.items():
                 rows[split_name] += list(those)
     labels = np.array(labels, np.int32)
@@ -84,8 +96,9 @@ def load_npz(path: str | os.PathLike, split: str, *, seed: int = 0) -> ImageData
     """Reads 8-bit images from a .npz file, without pickle.
 
     The file holds `images`, uint8 `[N, height, width, channel]` or `[N, height, width]`, and
-    perhaps `labels`, whole numbers `[N]` from 0; and perhaps `test_images` and `test_labels`.
-    Without the latter a tenth of each class is "test", drawn by `seed`.
+    perhaps `labels`, whole numbers `[N]` from 0; and perhaps `test_images`, with `test_labels` if
+    there are labels. Without the latter about a tenth of each class is "test", chosen by hashes of
+    `seed` and the rows.
 
     Args:
       path: the file, as `numpy.savez` writes it.
@@ -97,8 +110,9 @@ def load_npz(path: str | os.PathLike, split: str, *, seed: int = 0) -> ImageData
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it can't be read, lacks `images`, or an array is of another shape or dtype; for
-        an unknown split or an empty slice.
+      ValueError: if it can't be read, lacks `images`, holds labels of one part alone, an array of
+        another shape or dtype, or a class of which "train" has nothing; for an unknown split or an
+        empty slice.
 
     Example:
       >>> load_npz("cells.npz", "train[:100]").images.shape  # doctest: +SKIP
@@ -106,17 +120,27 @@ def load_npz(path: str | os.PathLike, split: str, *, seed: int = 0) -> ImageData
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file} of images.")
+        what = "is a folder" if file.exists() else "does not exist"
+        raise FileNotFoundError(f"There is no file {file} of images: it {what}.")
     names = ("images", "labels", "test_images", "test_labels")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with zipfile.ZipFile(file), np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names if name in archive}
             held = sorted(archive)
-    except Exception as error:  # a damaged archive raises one of many
-        raise ValueError(f"{file} must be an .npz file of arrays; got {error}") from None
+    except Exception:  # a damaged archive raises one of many
+        raise ValueError(
+            f"{file} must be an .npz file of arrays, as numpy.savez writes it; got something else, "
+            "objects in it, or a damaged one."
+        ) from None
     if "images" not in arrays:
         raise ValueError(
             f"{file} must hold an array `images`; it holds {', '.join(held) or 'none'}."
+        )
+    parts = {name for name in ("", "test_") if f"{name}images" in arrays}
+    if {name for name in ("", "test_") if f"{name}labels" in arrays} not in (set(), parts):
+        raise ValueError(
+            f"{file}: each of images and test_images must have its labels, or none of them; got "
+            f"{', '.join(sorted(arrays))}."
         )
     images, labels = _checked(file, arrays, "")
     rows: dict[str, Any] = {"train": [], "test": []}
@@ -131,8 +155,10 @@ def load_npz(path: str | os.PathLike, split: str, *, seed: int = 0) -> ImageData
         images, labels = np.concatenate([images, more]), np.concatenate([labels, more_labels])
     else:
         for label in np.unique(labels):
-            for name, those in _hold_out(np.flatnonzero(labels == label), [seed, label]).items():
+            numbers = np.flatnonzero(labels == label)
+            for name, those in _hold_out(numbers, [f"{label}/{n}" for n in numbers], seed).items():
                 rows[name] += list(those)
+    _check_classes(file, range(labels.max() + 1), labels, rows["train"])
     chosen = _chosen(rows, split, seed)
     return ImageDataset(images[chosen], labels[chosen], int(labels.max()) + 1)
 
@@ -144,7 +170,8 @@ def _seen(path: Path) -> bool:
 def _pictures(folder: Path, *, deep: bool) -> list[Path]:
     """The pictures of a folder in the order of their names, those of folders in it if `deep`."""
     found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(p for p in found if _seen(p) and p.suffix.lower() in SUFFIXES and p.is_file())
+    found = (p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in found if not any(w[0] == "." for w in p.relative_to(folder).parts))
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -166,11 +193,14 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return classes or {"": flat}
 
 
-def _hold_out(numbers: np.ndarray, seed: Sequence[int]) -> dict[str, np.ndarray]:
-    """A tenth of a class, at least one of two or more, and the rest."""
-    order = np.random.default_rng(seed).permutation(numbers)
-    num = max(round(TEST_SHARE * len(order)), int(len(order) > 1))
-    return {"train": order[num:], "test": order[:num]}
+def _hold_out(numbers: np.ndarray, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """About a tenth of a class, at least one of two or more, and the rest."""
+    hashes = [hash_bytes(f"{seed}/{name}".encode()) for name in names]
+    place = np.array([int(text[:13], 16) / 16**13 for text in hashes])  # uniform in [0, 1)
+    test = place < TEST_SHARE
+    if len(numbers) > 1 and not test.any():
+        test = place == place.min()
+    return {"train": numbers[~test], "test": numbers[test]}
 
 
 def _chosen(rows: dict[str, Any], split: str, seed: int) -> np.ndarray:
@@ -184,13 +214,14 @@ def _chosen(rows: dict[str, Any], split: str, seed: int) -> np.ndarray:
 
 
 def _check_classes(
-    folder: Path, names: list[str], labels: np.ndarray, train: Sequence[int]
+    place: Path, names: Sequence[Any], labels: np.ndarray, train: Sequence[int]
 ) -> None:
-    missing = sorted({*range(len(names))} - {*labels[np.array(train, np.int64)].tolist()})
-    if missing:
+    there = {*labels[np.array(train, np.int64)].tolist()}
+    missing = next((k for k in range(len(names)) if k not in there), None)
+    if missing is not None:
         raise ValueError(
-            f"Every class must have pictures to train on; {folder} has none of "
-            f"{', '.join(names[k] for k in missing)} in train."
+            f"Every class must have pictures to train on; {place} has none of {names[missing]} in "
+            f"train, and pictures of {len(there)} of {len(names)} classes."
         )
 
 
@@ -205,11 +236,13 @@ def _checked(file: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[An
         )
     images = images[..., None] if images.ndim == 3 else images
     labels = arrays.get(f"{prefix}labels", np.zeros(len(images), np.int32))
-    whole = np.issubdtype(labels.dtype, np.integer)
-    if labels.shape != (len(images),) or not whole or labels.min() < 0:
+    whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
+    if not whole or labels.min() < 0 or labels.max() >= 2**31:
+        got = f" from {labels.min()} to {labels.max()}" if whole else ""
         raise ValueError(
             f"{file}: {prefix}labels must be whole numbers [{len(images)}] from 0, one for each "
-            f"image; got {labels.dtype} {labels.shape}."
+            f"image; got {labels.dtype} {labels.shape}{got}. numpy.unique(labels, "
+            "return_inverse=True)[1] numbers any classes."
         )
     return images, labels.astype(np.int32)
 
@@ -261,8 +294,9 @@ def _picture(file: Path, image_size: int | None, grey: bool) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError(f"mode {opened.mode}, more than 8 bits a channel")
+        modes = [opened.mode, *(str(tile[3]) for tile in opened.tile)]  # the file's own are last
+        if opened.mode[0] in "IF" or any("16" in mode for mode in modes):
+            raise ValueError("more than 8 bits a channel")
         picture: Image.Image = ImageOps.exif_transpose(opened)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")

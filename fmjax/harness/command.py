@@ -131,8 +131,8 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
       SystemExit: with the code 2 for all else that tyro refuses, 0 after `--help`.
     """
     prog, positional = f"python -m {name}", _positional(config)
-    if positional is not None:
-        _refuse_flag_of_positional(*positional, prog, args)
+    if len(positional) == 1:
+        _refuse_flag_of_positional(*positional[0], prog, args)
     _refuse_repetitions(args)
     shown = tyro.conf.arg(help="Show where an error was raised.")
     fields = [
@@ -141,11 +141,13 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
     ]
     command: Any = dataclasses.make_dataclass("Command", fields)
     read = functools.partial(tyro.cli, command, prog=prog, description=doc, args=args)
-    return (read() if positional is None else _one(positional[1], read, prog, args)).config
+    return (_counted([what for _, what in positional], read, prog, args)).config
 
 
-def _one(what: str, read: Callable[[], Any], prog: str, args: Sequence[str]) -> Any:
-    """What `read` returns, where tyro finds one positional value and not none or two."""
+def _counted(wanted: list[str], read: Callable[[], Any], prog: str, args: Sequence[str]) -> Any:
+    """What `read` returns, where tyro finds the positional values, no fewer and no more."""
+    if not wanted:
+        return read()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -153,9 +155,9 @@ def _one(what: str, read: Callable[[], Any], prog: str, args: Sequence[str]) -> 
     except SystemExit:
         if re.search("Missing from|Unrecognized options: (?!-)", said.getvalue()):
             got = shlex.join(args) or "none"
-            raise ValueError(
-                f"The command takes one {what}: {prog} {what.upper()}; got {got}."
-            ) from None
+            words = " and ".join(f"one {what}" for what in wanted)
+            usage = f"{prog} {' '.join(what.upper() for what in wanted)}"
+            raise ValueError(f"The command takes {words}: {usage}; got {got}.") from None
         sys.stderr.write(said.getvalue())
         raise
 
@@ -168,13 +170,14 @@ def _refuse_repetitions(args: Sequence[str]) -> None:
         raise ValueError(f"A flag is given once; got {', '.join(twice)} twice in: {' '.join(args)}")
 
 
-def _positional(config: type[Any]) -> tuple[str, str] | None:
-    """The field of a config's positional value and what is said of it; None without one."""
+def _positional(config: type[Any]) -> list[tuple[str, str]]:
+    """The fields of a config's positional values, each with what is said of it."""
+    found = []
     for field, hint in typing.get_type_hints(config, include_extras=True).items():
         kind, *marks = typing.get_args(hint) or (hint,)
         if tyro.conf.Positional in marks:
-            return field, "folder" if kind is pathlib.Path else field
-    return None
+            found.append((field, "folder" if kind is pathlib.Path and field != "file" else field))
+    return found
 
 
 def _refuse_flag_of_positional(field: str, what: str, prog: str, args: Sequence[str]) -> None:

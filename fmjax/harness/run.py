@@ -2,7 +2,7 @@
 
 A run folder holds
 
-    config.json      the flags, versions, devices, global batch
+    config.json      the flags, versions, devices, global batch, what the data are
     checkpoints/     the latest three states (Orbax)
     compiled/        programs (JAX's persistent cache, unless another is set). A restart runs them:
                      delete it in a folder that comes from others
@@ -41,16 +41,29 @@ from fmjax.harness.records import (
 from fmjax.training import checkpoints
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In what two records of data differ, in words; empty where they don't."""
+    now = json.loads(json.dumps(now))
+    names = [name for name in before if before[name] != now.get(name)]
+    return ", ".join(f"{name}: was {before[name]}, is {now.get(name)}" for name in names)
+
+
 class Run:
     """An open run folder. Use it as a context manager: leaving it finishes what is being written.
 
+    Args:
+      experiment: its name.
+      config: its flags.
+      data: what the data are, as JSON can hold it: shapes, numbers, a hash. A run resumes on the
+        same alone.
+
     Raises:
-      ValueError: if the folder can't be written, holds a run with other flags, which are listed, or
-        one that is further than `num_steps`, or if another process is running there.
+      ValueError: if the folder can't be written, holds a run with other flags or other data, which
+        are listed, or one that is further than `num_steps`, or if another process is running there.
       DiskError: on leaving, if one of the folder's files could not be written.
     """
 
-    def __init__(self, experiment: str, config: RunConfig):
+    def __init__(self, experiment: str, config: RunConfig, data: dict[str, Any] | None = None):
         self.folder = config.workdir
         self.config = config
         self._flags = flags(config)
@@ -59,12 +72,14 @@ class Run:
             self._manager = checkpoints.open_manager(self.folder / "checkpoints")
         try:
             self._check_config()
+            self._check_data(data)
             self._check_num_steps()
         except ValueError:
             self._close()
             raise
         self._record = {"experiment": experiment, "config": self._flags} | environment()
         self._record |= {"global_batch": config.batch_size}
+        self._record |= {} if data is None else {"data": data}
         self.seconds = 0.0  # of training, earlier starts included
         self._events = None
 
@@ -106,6 +121,20 @@ class Run:
             raise
         except ValueError as error:
             raise ValueError(f"{error} The folder is --workdir, the values are flags.") from None
+
+    def _check_data(self, data: dict[str, Any] | None) -> None:
+        path = self.folder / "config.json"
+        if data is None or checkpoints.latest_step(self._manager) is None or not path.is_file():
+            return
+        try:
+            before = json.loads(path.read_text()).get("data", data)
+        except (ValueError, AttributeError):  # torn: it is written anew
+            return
+        if lines := differences(before, data):
+            raise ValueError(
+                f"A run must resume on its own data; that of {self.folder} differs in {lines}. "
+                "Bring the data back, or take another --workdir."
+            )
 
     def _unknown(self) -> set[str]:
         """Flags that the run did not know when it began, and that have their default."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fmjax.models.layers import Dtypes, class_indices, time_embedding
-from fmjax.types import as_floating, broadcast_time, wider
+from fmjax.types import as_array, broadcast_time, wider
 
 
 class MLP(nn.Module):
@@ -155,7 +155,12 @@ def _check(model: MLP | ConditionalMLP, x: jax.Array) -> None:
 
 def _flat(condition: Any, batch_size: int) -> jax.Array:
     """All numbers of a condition, `[batch, num]`, leaf after leaf."""
-    leaves = [as_floating("condition", leaf) for leaf in jax.tree.leaves(condition)]
+    leaves = [as_array("condition", leaf) for leaf in jax.tree.leaves(condition)]
+    if wrong := [leaf.dtype for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating)]:
+        raise ValueError(
+            f"condition must be floating; got {wrong[0]}. Numbers need .astype(float), and classes "
+            "jax.nn.one_hot, or MLP(num_classes=...)."
+        )
     if not leaves or any(leaf.shape[:1] != (batch_size,) for leaf in leaves):
         raise ValueError(
             f"condition must hold arrays [batch, ...] of {batch_size} rows, as x has; got "

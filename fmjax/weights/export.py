@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..files import write_whole
+from ..types import kind
 from .torch_files import read_tensors
 
 
@@ -31,8 +33,8 @@ def export_safetensors(
 
     Raises:
       FileExistsError: if the file is there.
-      ValueError: for another ending, a leaf that is no array, or a name that is empty or holds a
-        dot.
+      ValueError: for another ending, no parameters, an empty mapping, a leaf that is no array of
+        ordinary numbers, or a name that is empty or holds a dot.
 
     Example:
       >>> export_safetensors("moons.safetensors", params)  # doctest: +SKIP
@@ -68,32 +70,47 @@ def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     Example:
       >>> params, record = load_safetensors("moons.safetensors")  # doctest: +SKIP
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path, params = Path(path), {}
-    for name, tensor in read_tensors(path).items():
+    tensors = read_tensors(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file; got another: {error}") from None
+    except json.JSONDecodeError:
+        record = {}  # another program's record
+    for name, tensor in tensors.items():
         *folders, leaf = name.split(".")
         inner = params
         for folder in folders:
             inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or leaf in inner:
+            raise ValueError(f"{path} names a tensor and others below it: {name}.")
         inner[leaf] = tensor
-    with safe_open(path, "numpy") as file:
-        record = json.loads((file.metadata() or {}).get("record", "{}"))
-    return params, record
+    return params, record if isinstance(record, dict) else {}
 
 
 def _flat(params: Any, above: tuple[str, ...] = ()) -> Any:
     """(name, array) of every leaf."""
-    if isinstance(params, Mapping):
+    if isinstance(params, Mapping) and (params or not above):
         for key, value in params.items():
             if not isinstance(key, str) or not key or "." in key:
                 raise ValueError(f"Names must be strings without a dot; got {key!r}.")
             yield from _flat(value, (*above, key))
-    elif isinstance(params, jax.Array | np.ndarray):
+    elif above and isinstance(params, jax.Array | np.ndarray) and _kept(params.dtype):
         yield ".".join(above), np.ascontiguousarray(params).reshape(np.shape(params))
     else:
         raise ValueError(
-            f"params must be nested mappings of arrays; got {type(params).__name__} at "
+            f"params must be nested mappings of arrays of ordinary numbers; got {kind(params)} at "
             f"{'.'.join(above) or 'the top'}. Of another pytree take flax.serialization."
             "to_state_dict(params) first."
         )
+
+
+def _kept(dtype: Any) -> bool:
+    """Whether the format and its reader for NumPy hold numbers of this dtype."""
+    return dtype == jnp.bfloat16 or (np.dtype(dtype).kind in "biuf" and dtype.itemsize > 0)

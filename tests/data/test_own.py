@@ -1,12 +1,15 @@
 """Pictures of one's own: folders and .npz files, what is held out, and what is refused."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fmjax import data
+from fmjax.data import own
 
 RNG = np.random.default_rng(0)
 
@@ -36,16 +39,16 @@ def numbers(dataset):
     return [int(image[0, 0, 2]) for image in dataset.images]
 
 
-def test_folders_are_classes_and_a_tenth_of_each_is_held_out(folder):
+def test_folders_are_classes_and_of_each_some_are_held_out(folder):
     train, test = (data.load_folder(folder, split) for split in ("train", "test"))
     assert train.num_classes == 2 and train.num_levels == 256
-    assert train.images.shape == (18, 6, 6, 3) and train.images.dtype == np.uint8
+    assert train.images.shape[1:] == (6, 6, 3) and train.images.dtype == np.uint8
     assert sorted(numbers(train) + numbers(test)) == list(range(20))
     for part in (train, test):
         np.testing.assert_array_equal(part.labels, [k % 2 for k in numbers(part)])
         for k, image in zip(numbers(part), part.images, strict=True):
             np.testing.assert_array_equal(image, colour(k))
-    np.testing.assert_array_equal(np.bincount(test.labels), [1, 1])
+    assert {*test.labels} == {0, 1} and len(test.images) <= 5
 
 
 def test_the_division_is_fixed_and_a_slice_has_all_classes(folder):
@@ -56,10 +59,28 @@ def test_the_division_is_fixed_and_a_slice_has_all_classes(folder):
     assert len(data.load_folder(folder, "train+test").images) == 20
     others = {tuple(numbers(data.load_folder(folder, "test", seed=seed))) for seed in range(8)}
     assert len(others) > 2
-    # A picture that comes to one class leaves the other as it is divided.
-    dogs = {k for k in numbers(first) if k % 2}
-    save(folder / "cat" / "99.png", colour(22))
-    assert {k for k in numbers(data.load_folder(folder, "train")) if k % 2} == dogs
+    # Pictures that come later leave the others where they are.
+    for k in range(20, 26):
+        save(folder / "cat" / f"0{k}.png", colour(k))
+    more = [numbers(data.load_folder(folder, split)) for split in ("train", "test")]
+    assert {*numbers(first)} == {*more[0]} & {*range(20)} and len(more[0]) + len(more[1]) == 26
+
+
+def test_about_a_tenth_is_held_out():
+    rows = own._hold_out(np.arange(20_000), [f"cat/{k}.png" for k in range(20_000)], seed=0)
+    assert abs(len(rows["test"]) / 20_000 - 0.1) < 5 * (0.09 / 20_000) ** 0.5
+    assert sorted([*rows["train"], *rows["test"]]) == list(range(20_000))
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("train", "val", "test"), ("Train", "Test"), ("train",)]
+)
+def test_folders_called_like_splits_are_no_classes(tmp_path, names):
+    for name in names:
+        save(tmp_path / name / "cat" / "a.png", colour(1))
+    held = ", ".join(sorted(names))
+    with pytest.raises(ValueError, match=f"just train and test; .* holds {held}"):
+        data.load_folder(tmp_path, "train")
 
 
 def test_folders_named_train_and_test_are_the_splits(tmp_path):
@@ -72,7 +93,7 @@ def test_folders_named_train_and_test_are_the_splits(tmp_path):
         np.testing.assert_array_equal(part.labels, [k % 2 for k in numbers(part)])
     for picture in (tmp_path / "train" / "cat").iterdir():
         picture.unlink()
-    with pytest.raises(ValueError, match="Every class must have pictures to train on.*of cat in"):
+    with pytest.raises(ValueError, match="none of cat in train, and pictures of 1 of 2 classes"):
         data.load_folder(tmp_path, "train")
 
 
@@ -80,7 +101,7 @@ def test_pictures_without_folders_are_one_class(tmp_path):
     for k in range(10):
         save(tmp_path / f"{k}.png", colour(k))
     dataset = data.load_folder(tmp_path, "train")
-    assert dataset.num_classes == 1 and not dataset.labels.any() and len(dataset.images) == 9
+    assert dataset.num_classes == 1 and not dataset.labels.any() and len(dataset.images) < 10
     (tmp_path / "more").mkdir()  # an empty folder is no class
     assert data.load_folder(tmp_path, "train").num_classes == 1
     save(tmp_path / "more" / "a.png", colour(11))
@@ -135,6 +156,8 @@ def test_grey_colour_transparency_and_rotation(tmp_path):
 
 
 def test_one_unreadable_picture_of_many_is_named(folder):
+    (folder / "dog" / ".ipynb_checkpoints").mkdir()
+    (folder / "dog" / ".ipynb_checkpoints" / "a.png").write_bytes(b"passed over")
     (folder / "dog" / "broken.png").write_bytes(b"no picture")
     whole = io.BytesIO()
     Image.fromarray(colour(1, 64, 64)).save(whole, "JPEG")
@@ -142,7 +165,11 @@ def test_one_unreadable_picture_of_many_is_named(folder):
     save(folder / "cat" / "deep.png", np.zeros((6, 6), np.uint16))
     with pytest.raises(ValueError, match="3 of 23 are not: ") as error:
         data.load_folder(folder, "train+test")
-    for said in ("broken.png (it can't be read)", "cut.jpg (it can't be read)", "deep.png (mode I"):
+    for said in (
+        "broken.png (it can't be read)",
+        "cut.jpg (it can't be read)",
+        "deep.png (more",
+    ):
         assert said in str(error.value)
 
 
@@ -163,14 +190,14 @@ def test_arrays_of_an_npz_file(tmp_path):
     labels = np.arange(30) % 3
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
     train, test = (data.load_npz(tmp_path / "a.npz", split) for split in ("train", "test"))
-    assert train.images.shape == (27, 5, 4, 1) and train.num_classes == 3
-    np.testing.assert_array_equal(np.bincount(test.labels), [1, 1, 1])
+    assert train.images.shape[1:] == (5, 4, 1) and train.num_classes == 3
+    assert len(train.images) + len(test.images) == 30 and {*test.labels} == {0, 1, 2}
     for part in (train, test):
         for image, label in zip(part.images[..., 0], part.labels, strict=True):
             (row,) = np.flatnonzero((images == image).all((1, 2)))
             assert label == labels[row]
     held_out = {"test_images": images[20:], "test_labels": labels[:10]}
-    np.savez(tmp_path / "b.npz", images=images[:20], **held_out)
+    np.savez(tmp_path / "b.npz", images=images[:20], labels=labels[:20], **held_out)
     test = data.load_npz(tmp_path / "b.npz", "test")
     assert {x.tobytes() for x in test.images} == {x.tobytes() for x in images[20:]}
     assert {*test.labels} == {0, 1, 2} and test.num_classes == 3
@@ -190,6 +217,10 @@ ZEROS = np.zeros((2, 4, 4), np.uint8)
         ({"images": ZEROS, "labels": np.array([0, -1])}, "whole numbers"),
         ({"images": ZEROS, "labels": np.zeros(2)}, "whole numbers"),
         ({"images": ZEROS, "test_images": ZEROS[:, :3]}, "must have one shape"),
+        ({"images": ZEROS, "labels": np.array([0, 2**31])}, "from 0 to 2147483648"),
+        ({"images": ZEROS, "labels": np.array([1, 1])}, "has none of 0 in train"),
+        ({"images": ZEROS, "test_images": ZEROS, "labels": np.zeros(2, int)}, "or none of them"),
+        ({"images": ZEROS, "test_labels": np.zeros(2, int)}, "or none of them"),
     ],
 )
 def test_arrays_of_another_kind(tmp_path, arrays, message):
@@ -205,5 +236,29 @@ def test_a_file_that_is_no_archive_or_holds_objects(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.array([{}], object))
     with pytest.raises(ValueError, match="must be an .npz file of arrays"):
         data.load_npz(tmp_path / "a.npz", "train")
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    np.save(tmp_path / "c.npy", ZEROS)
+    with pytest.raises(ValueError, match="must be an .npz file of arrays"):
+        data.load_npz(tmp_path / "c.npy", "train")
+    with pytest.raises(FileNotFoundError, match="There is no file .*: it does not exist"):
         data.load_npz(tmp_path / "b.npz", "train")
+    with pytest.raises(FileNotFoundError, match="There is no file .*: it is a folder"):
+        data.load_npz(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="There is no folder .*: it is a file"):
+        data.load_folder(tmp_path / "a.npz", "train")
+
+
+def test_sixteen_bits_in_colour_are_refused(tmp_path):
+    """Pillow opens such a PNG as one of 8 bits, and says so nowhere but in what it will read."""
+    raw = b"".join(b"\0" + bytes(6 * 4) for _ in range(4))
+
+    def chunk(name, content):
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+    png += chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(png)
+    assert Image.open(tmp_path / "a.png").mode == "RGB"
+    with pytest.raises(ValueError, match="a.png .more than 8 bits a channel"):
+        data.load_folder(tmp_path, "train")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import digits, images
+from experiments import digits, evaluate, export, images, plots, sample
 from experiments.images import Images, UNetConfig
+from fmjax import weights
 from fmjax.harness import loop
 
 KEY = jax.random.key(0)
@@ -100,3 +101,64 @@ def test_a_run_from_start_to_end(tmp_path):
     assert picture.size == (3 * 68 + 4, 10 * 68 + 4)  # 8 pixels eight times as large, gaps of 4
     flags = json.loads((tmp_path / "whole" / "config.json").read_text())["config"]
     assert flags["conditional"] and flags["label_dropout"] == 0.1
+
+
+def pictures(folder, num, *, channels=3):
+    """Class folders of pictures, PNG and JPEG mixed."""
+    rng = np.random.default_rng(0)
+    for k in range(num):
+        path = folder / ("cat", "dog")[k % 2] / f"{k:03d}.{('png', 'jpg')[k // 2 % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(10, 12, channels), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.slow
+def test_pictures_of_ones_own_from_training_to_a_file(tmp_path):
+    """Trained by class, drawn and exported without the pictures; resumed on the same alone."""
+    pictures(tmp_path / "own", 40)
+    run = config(
+        dataset=f"folder:{tmp_path / 'own'}", image_size=8, workdir=tmp_path / "run", model=TINY,
+        num_steps=2, batch_size=8, num_samples=4, eval_examples=2, eval_batch_size=2,
+        sample_tolerance=1e-1, eval_tolerance=1e-1,
+    )  # fmt: skip
+    images.run_experiment("digits", run)
+    pictures(tmp_path / "own", 42)
+    with pytest.raises(ValueError, match="resume on its own data; .* differs in num_examples"):
+        images.run_experiment("digits", dataclasses.replace(run, num_steps=4))
+    (tmp_path / "own").rename(tmp_path / "away")
+    out = sample.main(
+        sample.Config(tmp_path / "run", num=8, batch_size=8, num_steps=2, labels=(1,))
+    )
+    assert out.is_file()
+    export.main(export.Config(tmp_path / "run", tmp_path / "new" / "a.safetensors"))
+    _, record = weights.load_safetensors(tmp_path / "new" / "a.safetensors")
+    assert record["data"]["event_shape"] == [8, 8, 3] and record["num_classes"] == 2
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        evaluate.main(evaluate.Config(tmp_path / "run", batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("folder:", "--dataset folder: must name a folder; got none"),
+        ("npz:", "--dataset npz: must name a file; got none"),
+        ("FILE", "that is a file. Arrays in an .npz file are npz:"),
+        ("FOLDER", "that is a folder. Write folder:"),
+    ],
+)
+def test_data_sets_that_are_none(tmp_path, dataset, message):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
+    dataset = {"FILE": str(tmp_path / "a.npz"), "FOLDER": str(tmp_path)}.get(dataset, dataset)
+    with pytest.raises(ValueError, match=message):
+        images.load(config(dataset=dataset), "train")
+    with pytest.raises(ValueError, match="--image-size is for --dataset folder:PATH"):
+        images.load(config(dataset="mnist", image_size=8), "train")
+
+
+def test_a_grid_by_class_has_a_row_for_each():
+    """In the order in which they come, filled up with white; other channels side by side."""
+    labels = np.array([7, 3, 7, 7, 0])
+    values = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    sheet, columns = plots.by_class(values, labels, 17)
+    assert columns == 3
+    assert sheet.ravel().tolist() == [0, 2, 3, 1, 16, 16, 4, 16, 16]

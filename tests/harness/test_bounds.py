@@ -119,7 +119,7 @@ def test_a_folder_is_no_data_set(tmp_path, monkeypatch):
     folders = ["./my_images", str(tmp_path / "my_images"), "my_images", "my pictures", "data/mine"]
     for name in folders:
         with pytest.raises(
-            ValueError, match=f'"digits" or the TFDS .*got {name}: that is a folder'
+            ValueError, match=f'"digits", folder:PATH, .*got {name}: that is a folder'
         ):
             load(ImageConfig(workdir=tmp_path, dataset=name, data_dir=tmp_path), "train")
     for name in ("./nothing", "my.zip"):

@@ -12,7 +12,7 @@ import pytest
 from commands import Config, end, one_line
 
 import fmjax as fm
-from experiments import digits, encoder, evaluate, toy_table, two_moons
+from experiments import digits, encoder, evaluate, export, toy_table, two_moons
 from fmjax.harness import command
 from fmjax.harness.cluster import ProcessZeroError
 from fmjax.harness.run import Run
@@ -164,3 +164,13 @@ def test_main_called_from_python_raises(tmp_path):
     config = two_moons.Config(workdir=tmp_path)
     with pytest.raises(TypeError, match="a bug"), Run("two_moons", config):
         raise TypeError("a bug")
+
+
+def test_a_command_of_two_positional_values_names_both(capsys):
+    for args in ([], ["runs/a"], ["runs/a", "b.safetensors", "c"]):
+        code, said = end(
+            capsys, export.main, *args, config=export.Config, name="experiments.export"
+        )
+        assert code == 2
+        said = one_line(said)
+        assert "one folder and one file: python -m experiments.export FOLDER FILE" in said

@@ -29,7 +29,7 @@ ARROWS = {
     "couplings": {"types"},
     "solve": {"sources", "types"},
     "models": {"types"},
-    "weights": {"files"},
+    "weights": {"files", "types"},
     "data": {"files", "types"},
     "training": {"files", "types"},
     "metrics": {"files", "weights"},

@@ -33,11 +33,16 @@ def test_what_can_not_be_exported(tmp_path):
     file = tmp_path / "a.safetensors"
     for params, message in (
         ({}, "params must hold arrays; got none"),
-        ({"a": 1.0}, "nested mappings of arrays; got float at a"),
-        ({"a": [np.zeros(1)]}, "got list at a"),
-        ([np.zeros(1)], "got list at the top"),
+        ({"a": 1.0}, "nested mappings of arrays of ordinary numbers; got 1.0 at a"),
+        ({"a": [np.zeros(1)]}, "got list .* at a"),
+        ([np.zeros(1)], "got list .* at the top"),
         ({"a.b": np.zeros(1)}, "Names must be strings without a dot; got 'a.b'"),
         ({3: np.zeros(1)}, "Names must be strings without a dot; got 3"),
+        ({"a": {}}, "at a. Of another pytree"),
+        (np.zeros(1), r"got float64 \(1,\) at the top"),
+        ({"a": np.zeros(1, complex)}, r"got complex128 \(1,\) at a"),
+        ({"a": np.array(["b"])}, "at a. Of another pytree"),
+        ({"a": jnp.zeros(1, jnp.float8_e4m3fn)}, r"got float8_e4m3fn \(1,\) at a"),
     ):
         with pytest.raises(ValueError, match=message):
             weights.export_safetensors(file, params)
@@ -57,6 +62,16 @@ def test_files_of_another_origin_and_damaged_ones(tmp_path):
     save_file({"a.b": np.ones(2)}, tmp_path / "other.safetensors")
     params, record = weights.load_safetensors(tmp_path / "other.safetensors")
     assert record == {} and params["a"]["b"].tolist() == [1.0, 1.0]
+    for text, kept in (("hello", {}), ("[1]", {}), ('{"a": 1}', {"a": 1})):
+        save_file({"a": np.ones(2)}, tmp_path / "record.safetensors", {"record": text})
+        assert weights.load_safetensors(tmp_path / "record.safetensors")[1] == kept
+    for names in (("a", "a.b"), ("a.b", "a")):
+        save_file({name: np.ones(1) for name in names}, tmp_path / "both.safetensors")
+        with pytest.raises(ValueError, match="names a tensor and others below it"):
+            weights.load_safetensors(tmp_path / "both.safetensors")
+    np.savez(tmp_path / "arrays.npz", a=np.ones(1))
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        weights.load_safetensors(tmp_path / "arrays.npz")
     whole = (tmp_path / "other.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-8])
     with pytest.raises(ValueError, match="cut.safetensors"):
