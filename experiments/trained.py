@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
 import types
@@ -14,18 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import cifar10, digits, images, mnist, two_moons
+from experiments import images, two_moons
 from fmjax import models
 from fmjax.harness.config import RunConfig
 from fmjax.harness.run import differences
 from fmjax.training import checkpoints, digests
-
-CONFIGS: dict[str, type[RunConfig]] = {
-    "two_moons": two_moons.Config,
-    "digits": digits.Config,
-    "mnist": mnist.Config,
-    "cifar10": cifar10.Config,
-}
 
 
 class Trained(NamedTuple):
@@ -62,8 +56,11 @@ class Trained(NamedTuple):
 def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
     """The experiment's name and its flags, from config.json.
 
+    The flags are those of the class that config.json names, which is imported: a module of the
+    user's own is found where Python finds it, in the working folder for instance.
+
     Raises:
-      ValueError: if the folder holds no run, or one of an unknown experiment or with other flags.
+      ValueError: if the folder holds no run, one whose module can't be imported, or other flags.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -81,15 +78,30 @@ def read_config(folder: pathlib.Path) -> tuple[str, RunConfig]:
         raise ValueError(
             f"{path} must be the JSON record of a run; got something else. Is it truncated?"
         ) from None
-    if name not in CONFIGS:
-        raise ValueError(f"The experiment must be one of {sorted(CONFIGS)}; {path} has {name!r}.")
+    address = record.get("config_class", f"experiments.{name}:Config")
+    cls = _imported(address, path)
     try:
-        return name, _from_flags(CONFIGS[name], record["config"])
+        return name, _from_flags(cls, record["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} must hold the flags of experiments.{name} as they are today; it lacks or adds "
+            f"{path} must hold the flags of {address} as they are today; it lacks or adds "
             f"{error}. Evaluate it with the version that trained it, or train again."
         ) from None
+
+
+def _imported(address: str, path: pathlib.Path) -> type[RunConfig]:
+    """The class of flags at an address "module:name", as config.json has it."""
+    module, _, name = address.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} names {address} as what made the run, which can't be imported: {error}. Start "
+            "the command in the folder where that module is, or install it."
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, RunConfig)):
+        raise ValueError(f"{path} must name a class of flags; got {address}.")
+    return cls
 
 
 def read_data(folder: pathlib.Path, config: images.ImageConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +148,20 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """An atomic write: a kill in between leaves the old file."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def address(value: type[Any]) -> str:
+    """Where a class can be imported from again, "module:name".
+
+    That is also so for a module that runs as a command: `python -m my_project.moons` and
+    `python moons.py` name it `__main__`.
+    """
+    module = value.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec else pathlib.Path(file).stem if file else module
+    return f"{module}:{value.__qualname__}"
 
 
 def environment() -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fmjax.harness import cluster
 from fmjax.harness.config import FREE, RunConfig, flags
 from fmjax.harness.events import Events
 from fmjax.harness.records import (
+    address,
     claim,
     compiled_in,
     disk_failure,
@@ -78,6 +79,7 @@ class Run:
             self._close()
             raise
         self._record = {"experiment": experiment, "config": self._flags} | environment()
+        self._record |= {"config_class": address(type(config))}  # whoever reads it imports that
         self._record |= {"global_batch": config.batch_size}
         self._record |= {} if data is None else {"data": data}
         self.seconds = 0.0  # of training, earlier starts included

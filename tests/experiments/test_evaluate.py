@@ -289,7 +289,7 @@ def test_errors(folders, tmp_path):
     with pytest.raises(ValueError, match="must hold a checkpoint"):
         evaluate.main(config(folders, empty))
     record = json.loads((run / "config.json").read_text())
-    for change in ({"experiment": "unknown"}, {"config": record["config"] | {"added": 1}}):
+    for change in ({"config_class": "unknown:Config"}, {"config": record["config"] | {"added": 1}}):
         (empty / "config.json").write_text(json.dumps(record | change))
         with pytest.raises(ValueError, match="unknown|added"):
             evaluate.main(config(folders, empty))
