@@ -9,7 +9,7 @@ folder, so that a command which was interrupted goes on where it was; a file is 
 
 import dataclasses
 import pathlib
-import tempfile
+import uuid
 from typing import Annotated, Literal
 
 import jax
@@ -74,14 +74,16 @@ def main(config: Config) -> pathlib.Path:
         num_classes=data["num_classes"],
         guidance=config.guidance,
     )
-    labels = _labels(config, model)
-    drawn = _draw(config, model, labels, event_shape, levels)
+    wanted = _wanted(config, model)
+    drawn = _draw(config, model, wanted, event_shape, levels)
+    labels = None if wanted is None else wanted[np.arange(config.num) % len(wanted)]
     make_folder(out.parent)
     if config.format == "npz":
         arrays = {"images": drawn} | ({} if labels is None else {"labels": labels})
         write_whole(out, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
     elif config.format == "png":
-        part = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+        part = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")  # the rights are the user's own
+        part.mkdir()
         for k, image in enumerate(progress(drawn, "pictures")):
             plots.save_picture(image, part / f"{k:06d}.png", num_levels=levels)
         part.rename(out)
@@ -122,8 +124,8 @@ def _out(config: Config) -> pathlib.Path:
     return out
 
 
-def _labels(config: Config, model: trained.Trained) -> np.ndarray | None:
-    """The class of every sample."""
+def _wanted(config: Config, model: trained.Trained) -> np.ndarray | None:
+    """The classes to draw, which samples take by turns."""
     if model.num_classes is None:
         if config.labels:
             raise ValueError(f"--labels needs a run with --conditional; {config.run} has none.")
@@ -134,13 +136,13 @@ def _labels(config: Config, model: trained.Trained) -> np.ndarray | None:
             f"--labels must be in 0..{model.num_classes - 1}, the classes of {config.run}; got "
             f"{' '.join(map(str, wanted))}."
         )
-    return np.array(wanted, np.int32)[np.arange(config.num) % len(wanted)]
+    return np.array(wanted, np.int32)
 
 
 def _draw(
     config: Config,
     model: trained.Trained,
-    labels: np.ndarray | None,
+    wanted: np.ndarray | None,
     event_shape: tuple[int, ...],
     num_levels: int,
 ) -> np.ndarray:
@@ -162,7 +164,7 @@ def _draw(
     def batch(i: int) -> dict[str, np.ndarray]:
         rows = np.arange(i * size, (i + 1) * size)
         x0 = np.asarray(noise(jax.random.key(config.seed), rows))
-        known = None if labels is None else labels[rows % len(labels)]  # the last is drawn in full
+        known = None if wanted is None else wanted[rows % len(wanted)]
         x1, _ = solve(way, *sharding.shard_batch((x0, known), mesh))
         return {"images": np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))}
 

@@ -68,6 +68,16 @@ def test_sample_k_is_of_the_seed_and_k_alone(runs, tmp_path):
     assert (another["images"] == first["images"]).mean() < 0.9
 
 
+def test_a_stored_batch_serves_a_larger_number(runs, tmp_path):
+    """The rows past the first command's number are of the classes that the second asks for."""
+    flags = {"labels": (3, 7), "seed": 11}
+    drawn(runs / "known", tmp_path, "few", num=9, **flags)
+    many = drawn(runs / "known", tmp_path, "many", num=20, **flags)
+    fresh = drawn(runs / "known", tmp_path, "fresh", num=20, batch_size=24, **flags)
+    np.testing.assert_array_equal(many["labels"], fresh["labels"])
+    assert (many["images"] == fresh["images"]).mean() > 0.999
+
+
 def test_an_interrupted_command_goes_on(runs, tmp_path, monkeypatch):
     flags = {"num": 24, "seed": 9}
     whole = drawn(runs / "plain", tmp_path, "whole", **flags)
