@@ -8,17 +8,20 @@ are in experiments/benchmarks/results.
 """
 
 import dataclasses
-import pathlib
+import functools
 
-from experiments.images import ImageConfig, UNetConfig, run_experiment
-from fmjax.harness import command
+import jax
+
+import fmjax as fm
+from fmjax import harness
+from fmjax.data import pixels
+from fmjax.tasks import images
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ImageConfig):
+class Config(images.ImageConfig):
     """Flow matching on CIFAR-10."""
 
-    workdir: pathlib.Path = pathlib.Path("runs/cifar10")
     dataset: str = "cifar10"
     flip: bool = True
     num_steps: int = 400_000
@@ -28,8 +31,9 @@ class Config(ImageConfig):
     clip_norm: float | None = 1.0
     ema_decay: float = 0.9999
     checkpoint_every: int = 5000
+    preview_every: int = 5000
     log_every: int = 100
-    model: UNetConfig = UNetConfig(
+    model: images.UNetConfig = images.UNetConfig(
         channels=128,
         channel_multipliers=(1, 2, 2, 2),
         num_res_blocks=2,
@@ -39,9 +43,33 @@ class Config(ImageConfig):
     )
 
 
-def main(config: Config) -> None:
-    run_experiment("cifar10", config)
+def make_task(config: Config) -> harness.Task:
+    pictures = images.open_images(config)
+    model = images.make_unet(config, pictures.num_classes)
+
+    def draw(key, batch):
+        """All that is random in a step, over the global batch."""
+        key_flip, key_u, key_path = jax.random.split(key, 3)
+        key_x0, _, key_t = jax.random.split(key_path, 3)
+        shown = pixels.random_flip(key_flip, batch.images) if config.flip else batch.images
+        x1 = pixels.dequantize(key_u, shown, pictures.num_levels)
+        x0 = jax.random.normal(key_x0, x1.shape)
+        t = fm.uniform(key_t, x1.shape[:1])
+        key_label = jax.random.fold_in(key, 3)
+        labels = images.drop_labels(config, key_label, batch.labels, pictures.num_classes)
+        return fm.sample_path(fm.cond_ot(), x0, x1, t), labels
+
+    def loss(params, key, drawn):
+        path_sample, labels = drawn
+        velocity = images.training_velocity(config, model, params, key, labels)
+        return fm.cfm_loss(velocity, path_sample)
+
+    init_params = functools.partial(images.init_params, model, pictures.event_shape)
+    init, step = harness.from_loss(
+        draw, loss, harness.adam(config), init_params, ema_decay=config.ema_decay
+    )
+    return images.make_task(config, pictures, model, init, step)
 
 
 if __name__ == "__main__":
-    command.run(main, Config, name="experiments.cifar10", doc=__doc__)
+    harness.main(Config, make_task, __doc__)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.plots import BLUE, GREY, ORANGE
+from fmjax.plotting.pictures import BLUE, GREY, ORANGE
 
 COLUMNS = (
     "pair",

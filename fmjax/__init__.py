@@ -33,6 +33,8 @@ from .solve import integrate_log_prob as integrate_log_prob
 from .solve import log_prob as log_prob
 from .solve import sample as sample
 from .solve import sample_and_log_prob as sample_and_log_prob
+from .sources import Source as Source
+from .sources import standard_normal as standard_normal
 from .sources import standard_normal_log_prob as standard_normal_log_prob
 from .times import edm_skewed as edm_skewed
 from .times import logit_normal as logit_normal

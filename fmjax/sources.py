@@ -1,12 +1,49 @@
-"""The source of a flow at t = 0: its log-density, in nats per example."""
+"""The source of a flow at t = 0: how it is sampled, and its log-density in nats per example."""
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .types import SourceLogProb, as_batch, at_least_float32, returned, wider
+
+
+class Source(NamedTuple):
+    """A distribution that flows begin at.
+
+    Attributes:
+      sample: `(key, num) -> x0`, `[num, *event]`.
+      log_prob: `x0 [batch, *event] -> [batch]`, in nats, summed over the event.
+    """
+
+    sample: Callable[[jax.Array, int], jax.Array]
+    log_prob: SourceLogProb
+
+
+def standard_normal(event_shape: tuple[int, ...]) -> Source:
+    """Independent standard normals, N(0, I), float32.
+
+    Args:
+      event_shape: of one example.
+
+    Returns:
+      A `Source`; its density takes `[batch, *event_shape]`.
+
+    Example:
+      >>> source = standard_normal((2,))
+      >>> source.sample(jax.random.key(0), 5).shape
+      (5, 2)
+      >>> source.log_prob(jnp.zeros((1, 2)))
+      Array([-1.837877], dtype=float32)
+    """
+
+    def sample(key: jax.Array, num: int) -> jax.Array:
+        return jax.random.normal(key, (num, *event_shape))
+
+    return Source(sample, standard_normal_log_prob)
 
 
 def standard_normal_log_prob(x: jax.Array) -> jax.Array:

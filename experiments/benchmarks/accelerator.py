@@ -36,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import cifar10, images
+from experiments import cifar10
 from fmjax import models
 from fmjax.harness import command, step
 from fmjax.harness.config import mesh
 from fmjax.harness.records import environment, write_json
+from fmjax.tasks import images
 from fmjax.training import sharding
 
 LARGE = images.UNetConfig(
@@ -114,13 +115,11 @@ def model_flops(model: models.UNet) -> float:
 
 def train_seconds(config: cifar10.Config, repetitions: int) -> float:
     """Seconds of one dispatch of the experiments' training step."""
-    model = models.UNet(**dataclasses.asdict(config.model))
-    trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
-    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, 32, 32, 3)))
-    tx = step.make_optimizer(config)
-    state = step.init_state(config, init, jax.random.key(0), tx)
-    draw, loss_fn = images.make_draw(config, 256, 10), images.make_loss(trained)
-    steps = step.make_steps(config, draw, loss_fn, tx, state)
+    facts = {"event_shape": (32, 32, 3), "num_levels": 256, "num_classes": 10}
+    facts |= {"num_examples": 50_000, "sha256": ""}
+    task = cifar10.make_task(dataclasses.replace(config, known=facts))
+    state = step.init_state(config, task.init, jax.random.key(0))
+    steps = step.jit_steps(config, task.step, state)
     shape = (config.steps_per_dispatch, config.batch_size, 32, 32, 3)
     batch = images.Images(np.random.default_rng(0).integers(0, 256, shape, np.uint8), None)
 

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import images, trained
 from fmjax.data import pixels
 from fmjax.harness import command
+from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
+from fmjax.tasks import images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,9 @@ ESTIMATORS: dict[str, Callable[[jax.Array, int], fm.Divergence]] = {
 def main(config: Config) -> dict[str, dict[str, float]]:
     if any(n < 3 or n % 3 for n in config.products):
         raise ValueError(f"--products must be multiples of three; got {config.products}.")
-    _, run_config = trained.read_config(config.run)
-    assert isinstance(run_config, images.ImageConfig), "an image run"
-    dataset = images.load(run_config, run_config.eval_split)
+    model = read(config.run)
+    dataset = images.Pictures(model.config).held_out
     chosen = jnp.asarray(dataset.images[: config.num_images])
-    model = trained.load(config.run, chosen.shape[1:])
     x = pixels.dequantize(jax.random.key(0), chosen, dataset.num_levels)
     velocity, scale = model.velocity(model.params, None), x[0].size * math.log(2)
 

@@ -5,31 +5,28 @@
 The U-Nets of the experiments, with their own batches and steps, on random images on one CPU device:
 seconds to trace and compile the step, and seconds per step (the median of interleaved repetitions),
 with XLA's kernels and with `fmjax.models.cpu.KERNELS`. Where the latter's step is shorter by s and
-its compilation longer by c, c / s steps pay it back. `experiments.images` chooses by it.
+its compilation longer by c, c / s steps pay it back. `fmjax.tasks.images` chooses by it.
 
 On two cores of a shared server: about five minutes.
 """
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import cifar10, digits, mnist
-from experiments.images import KERNELS, ImageConfig, Images, UNetConfig, make_draw, make_loss
-from fmjax import models
 from fmjax.harness import command, step
+from fmjax.tasks.images import KERNELS, ImageConfig, Images, UNetConfig
 
 SMALL = UNetConfig(32, (1, 2, 2, 2), attention_resolutions=(16,), head_channels=32)
-RUNS: dict[str, tuple[ImageConfig, tuple[int, ...]]] = {
-    "digits": (digits.Config(), (8, 8, 1)),
-    "mnist": (mnist.Config(), (28, 28, 1)),
-    "cifar10_small": (cifar10.Config(batch_size=32, model=SMALL), (32, 32, 3)),
-    "cifar10": (cifar10.Config(), (32, 32, 3)),
+RUNS: dict[str, tuple[Any, ImageConfig, tuple[int, ...]]] = {
+    "digits": (digits, digits.Config(), (8, 8, 1)),
+    "mnist": (mnist, mnist.Config(), (28, 28, 1)),
+    "cifar10_small": (cifar10, cifar10.Config(batch_size=32, model=SMALL), (32, 32, 3)),
+    "cifar10": (cifar10, cifar10.Config(), (32, 32, 3)),
 }
 
 
@@ -43,15 +40,14 @@ class Config:
     """Timed steps of each kind; the median counts."""
 
 
-def compiled(config: ImageConfig, shape: tuple[int, ...]) -> dict[str, Any]:
+def compiled(experiment: Any, config: ImageConfig, shape: tuple[int, ...]) -> dict[str, Any]:
     """Seconds to compile, the compiled step and what it takes."""
-    config = dataclasses.replace(config, num_devices=1)
-    model = models.UNet(**dataclasses.asdict(config.model))
-    model = model.clone(kernels=KERNELS[config.kernels])
-    init = functools.partial(model.init, t=jnp.zeros(()), x=jnp.zeros((1, *shape)))
-    tx = step.make_optimizer(config)
-    state = step.init_state(config, init, jax.random.key(0), tx)
-    steps = step.make_steps(config, make_draw(config, 256, 10), make_loss(model), tx, state)
+    facts = {"event_shape": shape, "num_levels": 256, "num_classes": 10}
+    facts |= {"num_examples": 50_000, "sha256": ""}
+    config = dataclasses.replace(config, num_devices=1, known=facts, conditional=False)
+    task = experiment.make_task(config)
+    state = step.init_state(config, task.init, jax.random.key(0))
+    steps = step.jit_steps(config, task.step, state)
     x1 = np.random.default_rng(0).integers(256, size=(1, config.batch_size, *shape), dtype=np.uint8)
     batch = Images(x1, None)
     began = time.perf_counter()
@@ -69,8 +65,10 @@ def timed(case: dict[str, Any]) -> float:
 
 def main(config: Config) -> None:
     for name in config.runs:
-        run, shape = RUNS[name]
-        cases = {k: compiled(dataclasses.replace(run, kernels=k), shape) for k in KERNELS}
+        experiment, run, shape = RUNS[name]
+        cases = {
+            k: compiled(experiment, dataclasses.replace(run, kernels=k), shape) for k in KERNELS
+        }
         steps: dict[str, list[float]] = {k: [] for k in KERNELS}
         for _ in range(config.repetitions):
             for k, case in cases.items():

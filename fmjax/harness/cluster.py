@@ -11,6 +11,7 @@ import pathlib
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeVar
@@ -155,26 +156,30 @@ class Preemption:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator["Preemption"]:
-        """Takes the two signals for as long as the context lasts. A second SIGINT stops now."""
+        """Takes the two signals for as long as the context lasts.
+
+        The first Ctrl-C is answered at once, also while a program compiles; a second one ends the
+        process on the spot, whose checkpoints are complete or not there.
+        """
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
         def notice(number: int, frame: object) -> None:
             self.signal = signal.Signals(number)
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
             if jax.process_count() > 1 and number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX's own notice, which tells the others
 
         # In a pod JAX has a handler of SIGTERM.
         own = _SIGNALS if jax.process_count() == 1 else _SIGNALS[:1]
-        for number in own:
-            signal.signal(number, notice)
-        try:
-            yield self
-        finally:
+        with _answered():
             for number in own:
-                signal.signal(number, before[number])
-            if jax.process_count() > 1:  # all is saved, and nobody asks `reached` any more
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(number, notice)
+            try:
+                yield self
+            finally:
+                for number in own:
+                    signal.signal(number, before[number])
+                if jax.process_count() > 1:  # all is saved, and nobody asks `reached` any more
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def came(self) -> bool:
         """Whether a signal has come, to the only process."""
@@ -196,5 +201,36 @@ class Preemption:
         return SystemExit(128 + self.signal)
 
 
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """A thread that answers Ctrl-C: Python's own handlers wait until XLA comes back."""
+    there, here = socket.socketpair()
+    here.setblocking(False)
+    before = signal.set_wakeup_fd(here.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer, args=(there,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        here.close()
+        thread.join()
+        there.close()
+
+
+def _answer(signals: socket.socket) -> None:
+    """Reads the numbers of the signals that come, until nobody writes them any more."""
+    count = 0
+    while number := signals.recv(1):
+        count += number[0] == signal.SIGINT
+        if number[0] == signal.SIGINT:
+            with contextlib.suppress(OSError):  # stderr may be closed
+                os.write(2, _AGAIN if count == 1 else _ABORTED)
+            if count > 1:
+                os._exit(128 + signal.SIGINT)
+
+
+_AGAIN = b"\nThis step ends and is saved; Ctrl-C once more stops without saving.\n"
+_ABORTED = b"\nStopped. The last complete checkpoint stays: start the command again.\n"
 _THREE = "--cluster.coordinator HOST:PORT, --cluster.num-processes N and --cluster.process-id I"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -32,6 +32,7 @@ import tyro
 
 from fmjax.harness.cluster import ProcessZeroError
 
+_CURRENT: list[tuple[str, tuple[str, ...]]] = []  # name and words of the command that runs
 _OURS = frozenset({"fmjax", "experiments", "__main__"})
 _TALKERS = ("absl", "asyncio", "jax._src.callback")  # they log the errors that they raise
 
@@ -60,10 +61,32 @@ def run(
     show = "--traceback" in args
     if not show:
         _quieten()
-    code = _exit_code(lambda: main(parse(config, name, doc, args)), show)
+    _CURRENT.append((name, tuple(args)))
+    try:
+        code = _exit_code(lambda: main(parse(config, name, doc, args)), show)
+    finally:
+        _CURRENT.pop()
     gc.collect()  # what the error held complains while hooks are heard, not at the very end
     if code:
         sys.exit(code)
+
+
+def again(flag: str, value: str) -> str:
+    """The command that runs now, with another value of one flag; outside of one the flag alone."""
+    if not _CURRENT:
+        return shlex.join([flag, value])
+    name, args = _CURRENT[-1]
+    kept, skip = [], False
+    for word in args:
+        if not skip and word.partition("=")[0].replace("_", "-") != flag:
+            kept.append(word)
+        skip = word.replace("_", "-") == flag and not skip
+    return shlex.join([*_program(name), *kept, flag, value])
+
+
+def _program(name: str) -> list[str]:
+    """How a command is started: `python -m NAME`, or as the console command `fmjax`."""
+    return name.split() if name.startswith("fmjax ") else ["python", "-m", name]
 
 
 def _exit_code(act: Callable[[], Any], show: bool) -> int:
@@ -130,7 +153,7 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
         one that is missing or given twice.
       SystemExit: with the code 2 for all else that tyro refuses, 0 after `--help`.
     """
-    prog, positional = f"python -m {name}", _positional(config)
+    prog, positional = shlex.join(_program(name)), _positional(config)
     if len(positional) == 1:
         _refuse_flag_of_positional(*positional[0], prog, args)
     _refuse_repetitions(args)

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pathlib
-from typing import Any, Literal
+import re
+from typing import Annotated, Any
 
 import jax
+import tyro
 from jax.sharding import Mesh
 
 from fmjax.harness.bounds import check_numbers, check_seeds
@@ -13,12 +16,19 @@ from fmjax.harness.cluster import ClusterConfig, join
 from fmjax.training import sharding
 
 # Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.
-FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every"})
+FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every", "known"})
+FREE |= {"keep_every", "preview_every", "cpu_threads", "frames", "side"}
 FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "cluster"}
 FREE |= {"data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
 _MAY_BE_ZERO |= {"model.dropout", "cluster.process_id", "label_dropout", "guidance"}
+_MAY_BE_ZERO |= {
+    "preview_every",
+    "num_samples",
+    "eval_examples",
+    "frames",
+}  # zero switches these off
 _MAY_BE_EMPTY = frozenset({"model.attention_resolutions"})
 
 
@@ -26,8 +36,9 @@ _MAY_BE_EMPTY = frozenset({"model.attention_resolutions"})
 class RunConfig:
     """The flags that all experiments share."""
 
-    workdir: pathlib.Path
-    """Run folder. Started again in the same folder, a run resumes from its last checkpoint."""
+    workdir: pathlib.Path | None = None
+    """Run folder, else runs/EXPERIMENT-DATASET. Started again in the same folder, a run resumes
+    from its last checkpoint."""
     seed: int = 0
     """Seed of everything random: parameters, order of the data, noise, times, samples."""
     num_steps: int = 1000
@@ -35,9 +46,15 @@ class RunConfig:
     batch_size: int = 128
     """Examples per step over all devices."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints, of which the latest three stay; the last step always makes one."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay for good."""
     log_every: int = 50
-    """Steps between lines in metrics.jsonl."""
+    """Steps between lines in metrics.jsonl; losses there are means over them."""
+    preview_every: int = 0
+    """Steps between previews, pictures of a few samples, and held-out losses; 0 for none."""
+    init_from: pathlib.Path | None = None
+    """Run folder whose parameters, the moving average, this run begins with: fine-tuning."""
     learning_rate: float = 2e-4
     """Adam's learning rate after the warm-up."""
     warmup_steps: int = 0
@@ -46,24 +63,30 @@ class RunConfig:
     """Largest global norm of a gradient, or None."""
     ema_decay: float = 0.999
     """Decay of the parameters' moving average, warmed up as min(decay, (1 + n) / (10 + n))."""
-    path: Literal["cond_ot", "cosine", "linear_vp", "vp"] = "cond_ot"
-    """Conditional path from noise to data."""
-    coupling: Literal["independent", "minibatch_ot"] = "independent"
-    """How noise and data are paired within a batch."""
-    times: Literal["uniform", "logit_normal", "edm_skewed"] = "uniform"
-    """Density of the training times."""
     num_devices: int | None = None
     """Devices to train on, the first ones; all of all processes without it."""
     fsdp: int = 1
     """Over how many devices one copy of parameters, average and optimiser state is split."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How a step is spread over the devices: jax.jit over a mesh, or jax.pmap."""
     steps_per_dispatch: int = 1
     """Training steps per dispatch, without the host in between."""
     max_skipped_steps: int = 0
     """Steps with a loss or gradient that is not finite to leave out before the run stops."""
+    cpu_threads: int | None = None
+    """Threads of XLA on a CPU; one per core without it. Small networks are faster on one."""
     cluster: ClusterConfig = ClusterConfig()
     """The processes of a pod."""
+    known: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """What the data of a finished run are, from its config.json; None in training."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The run folder."""
+        assert self.workdir is not None, "the harness names it before anything asks"
+        return self.workdir
+
+    def data_name(self) -> str:
+        """A word for the data, for the run folder's name."""
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", getattr(self, "dataset", "")).strip("-.")
 
 
 def begin(config: RunConfig) -> None:
@@ -73,6 +96,8 @@ def begin(config: RunConfig) -> None:
       ValueError: naming the flag, what it must be and what was got.
     """
     check_flags(config)
+    if config.cpu_threads is not None:  # read when the backend starts; the user's own comes first
+        os.environ.setdefault("PJRT_NPROC", str(config.cpu_threads))
     join(config.cluster)
     check_devices(config)
 
@@ -97,11 +122,6 @@ def check_flags(config: RunConfig) -> None:
 
 def check_devices(config: RunConfig) -> None:
     """Refuses flags that can't work on the devices that there are."""
-    if config.parallel == "pmap" and (config.fsdp > 1 or jax.process_count() > 1):
-        raise ValueError(
-            f"--parallel pmap replicates the state, in one process; got --fsdp {config.fsdp} and "
-            f"{jax.process_count()} process(es). Take --parallel jit."
-        )
     sharding.check_batch_size(config.batch_size, mesh(config).size)
 
 
@@ -132,4 +152,6 @@ def mesh(config: RunConfig) -> Mesh:
 
 def flags(config: Any) -> dict[str, Any]:
     """A config, a dataclass, as JSON can hold it."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values = dataclasses.asdict(config)
+    values.pop("known", None)
+    return json.loads(json.dumps(values, default=str))

@@ -36,6 +36,15 @@ class Events:
         summary = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(Event(step=step, summary=Summary(value=summary)))
 
+    def image(self, step: int, name: str, shape: tuple[int, ...], png: bytes) -> None:
+        """Writes a picture `[height, width, channel]`, given as a PNG."""
+        height, width, channels = shape
+        picture = Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+        self._write(Event(step=step, summary=summary))
+
     def close(self) -> None:
         self._file.close()
 

@@ -6,6 +6,7 @@ finite is noticed one dispatch later, and never saved.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ from fmjax.harness.failures import NotFinite
 from fmjax.harness.progress import progress
 from fmjax.harness.run import Run
 from fmjax.harness.step import Steps
+from fmjax.harness.task import Batch, Task
 from fmjax.training import sharding
 
-Batch = Callable[[np.ndarray], Any]  # rows `[num]` of the data -> a pytree of arrays `[num, ...]`
+OnMetrics = Callable[[int, dict[str, float]], Any]
 
 
 class Dispatch(NamedTuple):
@@ -75,21 +77,24 @@ def gather(batch: Batch, rows: np.ndarray) -> Any:
 
 def train(
     run: Run,
+    task: Task,
     state: training.TrainState,
     steps: Steps,
     key: jax.Array,
-    num_examples: int,
-    batch: Batch,
+    *,
+    preview: Callable[[training.TrainState], dict[str, float]] | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> tuple[training.TrainState, float | None]:
-    """Trains from the last checkpoint to `num_steps`, with a progress bar.
+    """Trains from the state, the last checkpoint's, to `num_steps`, with a progress bar.
 
     Args:
       run: the open run folder.
-      state: a fresh state, which also says what a checkpoint must look like.
-      steps: from `make_steps`.
+      task: its data are trained on.
+      state: from `run.restore`.
+      steps: from `jit_steps`.
       key: the run's training key.
-      num_examples: of the data.
-      batch: reads rows of the data, on the host: memory, disk or network is its own affair.
+      preview: called every `preview_every` steps; what it returns stands in metrics.jsonl.
+      on_metrics: `(step, row)` is called with every line of metrics.jsonl, by process 0.
 
     Returns:
       The state, and examples per second of this start without its first dispatch (which compiles),
@@ -101,13 +106,12 @@ def train(
       ValueError: as `gather` does.
       SystemExit: after SIGTERM (143) or SIGINT (130), when the state has been saved.
     """
-    config, state = run.config, run.restore(state)
-    start = int(state.step)
-    watch = Watch(run, NotFinite(run, state), start)
+    config, start = run.config, int(state.step)
+    watch = Watch(run, NotFinite(run, state), start, on_metrics)
     pending, first_end = None, start
     with watch.progress, cluster.Preemption().watch() as preemption:
-        for count, dispatch in enumerate(dispatches(config, num_examples, start)):
-            batches = gather(batch, dispatch.rows)
+        for count, dispatch in enumerate(dispatches(config, task.num_examples, start)):
+            batches = gather(task.batch, dispatch.rows)
             state, metrics = steps(state, key, batches)
             if pending is not None:  # the one before, while this one is running
                 watch.look(*pending)
@@ -117,49 +121,116 @@ def train(
                 watch.compiled, first_end = time.perf_counter(), dispatch.last
             stop = preemption.reached(count)
             done = dispatch.last == config.num_steps
-            if dispatch.last % config.checkpoint_every == 0 or done or stop:
-                watch.look(*pending)
+            shown = preview is not None and _passes(dispatch, config.preview_every)
+            if _passes(dispatch, config.checkpoint_every) or shown or done or stop:
+                watch.look(*pending, preview(state) if preview is not None and shown else None)
                 pending = None
+            if dispatch.last % config.checkpoint_every == 0 or done or stop:
+                watch.keep(dispatch.last)
                 run.save(state, wait=done or stop)
             if stop or (done and preemption.came()):  # also during the last save
                 raise preemption.exit(run.folder, dispatch.last)
     return state, watch.rate(config.num_steps - first_end)
 
 
+def _passes(dispatch: Dispatch, every: int) -> bool:
+    """Whether one of the dispatch's steps is a multiple of `every`; 0 has none."""
+    return bool(every) and dispatch.last // every > (dispatch.first - 1) // every
+
+
 class Watch:
     """Looks at the metrics that came back: finite, logged, shown."""
 
-    def __init__(self, run: Run, not_finite: NotFinite, start: int):
-        self._run, self._not_finite = run, not_finite
+    def __init__(
+        self, run: Run, not_finite: NotFinite, start: int, on_metrics: OnMetrics | None = None
+    ):
+        self._run, self._not_finite, self._on_metrics = run, not_finite, on_metrics
         self._seconds_before = run.seconds
-        self._seen = start
+        self._seen, self._window = start, run.window(start)
         self._began = self._last = self.compiled = time.perf_counter()
+        self._warned = False
         num, quiet = run.config.num_steps, not cluster.is_main()
         self.progress = progress(total=num, initial=start, unit="step", disable=quiet)
 
-    def look(self, dispatch: Dispatch, metrics: training.Metrics, batches: Any) -> None:
-        """Waits for a dispatch's metrics, `[num_steps]` each."""
+    def look(
+        self,
+        dispatch: Dispatch,
+        metrics: training.Metrics,
+        batches: Any,
+        shown: dict[str, float] | None = None,
+    ) -> None:
+        """Waits for a dispatch's metrics, `[num_steps]` each.
+
+        Args:
+          dispatch: its steps.
+          metrics: what they returned.
+          batches: what they took.
+          shown: of the preview that follows its last step, if there was one.
+        """
         config, metrics = self._run.config, jax.device_get(metrics)
         now, rate = time.perf_counter(), 0.0
         wanted = {*range(dispatch.first, dispatch.last + 1)}
         wanted = {n for n in wanted if n % config.log_every == 0 or n == config.num_steps}
+        wanted |= {dispatch.last} if shown else set()
         if wanted:  # the steps of one dispatch come back together and have one rate
             rate = (dispatch.last - self._seen) * config.batch_size / max(now - self._last, 1e-9)
             self._last, self._seen = now, dispatch.last
             self._run.seconds = self._seconds_before + now - self._began
         for index, step in enumerate(range(dispatch.first, dispatch.last + 1)):
-            one = training.Metrics(*(values[index] for values in metrics))
+            one = training.Metrics(*(_at(values, index) for values in metrics))
             # The gradient as well: it made the state that would be saved next.
-            if not (math.isfinite(one.loss) and math.isfinite(one.gradient_norm)):
+            if math.isfinite(one.loss) and math.isfinite(one.gradient_norm):
+                self._window.append([float(one.loss), float(one.gradient_norm)])
+            else:
                 examples = jax.tree.map(lambda x, index=index: x[index], batches)
                 self._not_finite.note(step, one, dispatch.rows[index], examples)
             if step in wanted:
-                self._run.log(step, one, rate)
-                text = f"loss {one.loss:.4f}, {rate:.0f} examples/s"
-                self.progress.set_postfix_str(text, refresh=False)
+                last = shown if step == dispatch.last else None
+                self._write(step, one, rate, last or {})
         self.progress.update(len(dispatch.rows))
+        if wanted and dispatch.first > 1:
+            self._tell(dispatch.last, rate)
+
+    def _write(
+        self, step: int, metrics: training.Metrics, rate: float, shown: dict[str, float]
+    ) -> None:
+        """A line: means over the finite steps since the line before, NaN where there are none."""
+        loss, norm = np.mean(self._window, axis=0) if self._window else (math.nan, math.nan)
+        self._window = []
+        row = {"loss": float(loss), "gradient_norm": float(norm)}
+        if metrics.learning_rate is not None:
+            row |= {"learning_rate": float(metrics.learning_rate)}
+        row |= {"examples_per_second": rate} | shown
+        self._run.log(step, row)
+        if self._on_metrics is not None and cluster.is_main():
+            self._on_metrics(step, row)
+        held_out = f", held out {shown['held_out_loss']:.4f}" if "held_out_loss" in shown else ""
+        text = f"loss {loss:.4f}{held_out}, {rate:.0f} examples/s"
+        self.progress.set_postfix_str(text, refresh=False)
+
+    def _tell(self, step: int, rate: float) -> None:
+        """Says once, and early, when a run would take days."""
+        config = self._run.config
+        left = (config.num_steps - step) * config.batch_size / max(rate, 1e-9)
+        if not self._warned and left > 86_400 and cluster.is_main():
+            print(
+                f"\nAt {rate:.3g} examples/s the other {config.num_steps - step} steps take "
+                f"{left / 86_400:.1f} days. Ctrl-C saves; fewer --num-steps or a smaller network "
+                "end earlier.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._warned = True
+
+    def keep(self, step: int) -> None:
+        """Before a checkpoint: what a run that resumes from it needs for its next line."""
+        self._run.keep_window(step, self._window)
 
     def rate(self, num_steps: int) -> float | None:
         """Examples per second of the `num_steps` since `compiled`, or None where there are none."""
         seconds = time.perf_counter() - self.compiled
         return num_steps * self._run.config.batch_size / seconds if num_steps > 0 else None
+
+
+def _at(values: Any, index: int) -> Any:
+    return None if values is None else values[index]

@@ -150,8 +150,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def address(value: type[Any]) -> str:
-    """Where a class can be imported from again, "module:name".
+def address(value: Any) -> str:
+    """Where a class or a function can be imported from again, "module:name".
 
     That is also so for a module that runs as a command: `python -m my_project.moons` and
     `python moons.py` name it `__main__`.

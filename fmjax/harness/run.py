@@ -2,14 +2,17 @@
 
 A run folder holds
 
-    config.json      the flags, versions, devices, global batch, what the data are
-    checkpoints/     the latest three states (Orbax)
+    config.json      what made the run (its task and class of flags, both importable), the flags,
+                     versions, devices, global batch, what the data are
+    checkpoints/     the latest three states, and milestones (Orbax)
     compiled/        programs (JAX's persistent cache, unless another is set). A restart runs them:
                      delete it in a folder that comes from others
-    metrics.jsonl    loss, gradient norm, learning rate and images/s, a line every `log_every` steps
-    tensorboard/     the same as TensorBoard events
+    metrics.jsonl    loss and gradient norm, means over the steps since the line before, learning
+                     rate, examples/s, and the held-out loss: a line every `log_every` steps
+    window.json      what the next line's means are of, as far as the last checkpoints
+    tensorboard/     the same as TensorBoard events, and the previews
     loss.png         the loss curve
-    samples/         pictures
+    samples/         pictures, previews among them
     summary.json     the figures at the end
     lock             held by the process that runs here
     not_finite_*.npz batches whose loss or gradient was not finite
@@ -20,13 +23,18 @@ share the folder; process 0 writes all but the checkpoints.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from fmjax import training
-from fmjax.harness import cluster
+import numpy as np
+
+from fmjax import plotting, training
+from fmjax.harness import cluster, command
 from fmjax.harness.config import FREE, RunConfig, flags
 from fmjax.harness.events import Events
 from fmjax.harness.records import (
@@ -52,11 +60,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 class Run:
     """An open run folder. Use it as a context manager: leaving it finishes what is being written.
 
+    A start that fails before its first step leaves no folder where there was none.
+
     Args:
-      experiment: its name.
+      name: of the experiment.
       config: its flags.
       data: what the data are, as JSON can hold it: shapes, numbers, a hash. A run resumes on the
         same alone.
+      make_task: what made its task, a function that can be imported.
 
     Raises:
       ValueError: if the folder can't be written, holds a run with other flags or other data, which
@@ -64,22 +75,35 @@ class Run:
       DiskError: on leaving, if one of the folder's files could not be written.
     """
 
-    def __init__(self, experiment: str, config: RunConfig, data: dict[str, Any] | None = None):
-        self.folder = config.workdir
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        data: dict[str, Any] | None = None,
+        make_task: Callable[..., Any] | None = None,
+    ):
+        self.folder = config.folder
         self.config = config
+        self.begun = self.folder.exists()  # whether there is anything to keep
+        self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self._flags = flags(config)
         self._lock = cluster.main_first(lambda: claim(self.folder))
         with writing(self.folder, lambda: "nothing was begun"):
-            self._manager = checkpoints.open_manager(self.folder / "checkpoints")
+            self._manager = checkpoints.open_manager(
+                self.folder / "checkpoints", keep_every=config.keep_every
+            )
         try:
             self._check_config()
             self._check_data(data)
             self._check_num_steps()
         except ValueError:
             self._close()
+            self._forget()
             raise
-        self._record = {"experiment": experiment, "config": self._flags} | environment()
-        self._record |= {"config_class": address(type(config))}  # whoever reads it imports that
+        self._record = {"experiment": name, "config": self._flags} | environment()
+        # Whoever reads it imports these.
+        self._record |= {"config_class": address(type(config))}
+        self._record |= {} if make_task is None else {"make_task": address(make_task)}
         self._record |= {"global_batch": config.batch_size}
         self._record |= {} if data is None else {"data": data}
         self.seconds = 0.0  # of training, earlier starts included
@@ -100,7 +124,9 @@ class Run:
             except Exception:
                 if error is None:  # else it is the same failure once more
                     raise
-            if disk_failure(self.folder, error):
+            if error is not None:
+                self._forget()
+            if error is not None and disk_failure(self.folder, error):
                 raise error
 
     def _kept(self) -> str:
@@ -116,13 +142,27 @@ class Run:
             if self._lock is not None:
                 self._lock.close()
 
+    def _forget(self) -> None:
+        """Removes what a start that failed has made, where nothing was there before."""
+        if not self.begun and cluster.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for parent in self._made:
+                with contextlib.suppress(OSError):  # one that holds another run by now
+                    parent.rmdir()
+
     def _check_config(self) -> None:
         try:
             checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
         except checkpoints.DamagedCheckpointError:
             raise
         except ValueError as error:
-            raise ValueError(f"{error} The folder is --workdir, the values are flags.") from None
+            raise ValueError(f"{error} {self._elsewhere()}") from None
+
+    def _elsewhere(self) -> str:
+        """The command that would work: the same one in a folder of its own."""
+        names = (self.folder.with_name(f"{self.folder.name}-{k}") for k in itertools.count(2))
+        free = next(path for path in names if not path.exists())
+        return f"A run of its own: {command.again('--workdir', str(free))}"
 
     def _check_data(self, data: dict[str, Any] | None) -> None:
         path = self.folder / "config.json"
@@ -135,7 +175,7 @@ class Run:
         if lines := differences(before, data):
             raise ValueError(
                 f"A run must resume on its own data; that of {self.folder} differs in {lines}. "
-                "Bring the data back, or take another --workdir."
+                f"Bring the data back. {self._elsewhere()}"
             )
 
     def _unknown(self) -> set[str]:
@@ -153,7 +193,7 @@ class Run:
         if step > self.config.num_steps:
             raise ValueError(
                 f"--num-steps must be at least the {step} steps that {self.folder} has done; got "
-                f"{self.config.num_steps}. Take another --workdir for a shorter run."
+                f"{self.config.num_steps}. {self._elsewhere()}"
             )
 
     def restore(self, state: training.TrainState) -> training.TrainState:
@@ -189,16 +229,42 @@ class Run:
     def save(self, state: training.TrainState, *, wait: bool = False) -> None:
         checkpoints.save(self._manager, state, self._flags, wait=wait)
 
-    def log(self, step: int, metrics: training.Metrics, images_per_second: float) -> None:
+    def log(self, step: int, row: dict[str, float]) -> None:
         """A line in metrics.jsonl, and the same for TensorBoard; by process 0."""
         if self._events is None:
             return
-        row = {name: float(value) for name, value in metrics._asdict().items()}
-        row |= {"images_per_second": images_per_second, "seconds": round(self.seconds, 3)}
+        row = row | {"seconds": round(self.seconds, 3)}
         plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | plain) + "\n")
         self._events.scalars(step, {f"train/{name}": value for name, value in row.items()})
+
+    def window(self, step: int) -> list[list[float]]:
+        """Loss and gradient norm of each step since the line before the checkpoint of this one."""
+        return self._windows().get(str(step), [])
+
+    def _windows(self) -> dict[str, list[list[float]]]:
+        path = self.folder / "window.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def keep_window(self, step: int, window: list[list[float]]) -> None:
+        """Keeps what `window` reads, for the latest checkpoints; by process 0."""
+        if self._events is None:
+            return
+        path = self.folder / "window.json"
+        if window or path.exists():
+            known = {name: row for name, row in self._windows().items() if int(name) < step}
+            write_json(
+                path, dict(list(known.items())[-3:]) | ({str(step): window} if window else {})
+            )
+
+    def preview(self, step: int, picture: np.ndarray) -> None:
+        """Keeps a picture of this step in samples/ and for TensorBoard; by process 0."""
+        if self._events is None:
+            return
+        path = self.folder / "samples" / f"preview_{step:08d}.png"
+        plotting.save(path, picture)
+        self._events.image(step, "preview", picture.shape, path.read_bytes())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, None for what was not finite.
@@ -214,10 +280,14 @@ class Run:
         if not cluster.is_main():
             return
         path = self.folder / "summary.json"
-        summary |= {"loss": self.metrics()[-1]["loss"]}
-        if summary["images_per_second"] is None and path.exists():  # no step was taken this time
+        rows = self.metrics()
+        summary |= {"loss": rows[-1]["loss"]}
+        if held_out := [row["held_out_loss"] for row in rows if "held_out_loss" in row]:
+            summary |= {"held_out_loss": held_out[-1]}
+        if summary["examples_per_second"] is None and path.exists():  # no step was taken this time
             old = json.loads(path.read_text())
-            summary |= {"images_per_second": old.get("images_per_second")}
+            summary |= {"examples_per_second": old.get("examples_per_second")}
+        plotting.save(self.folder / "loss.png", plotting.loss_curve(rows))
         write_json(path, summary)
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         print(f"\nRun folder  {self.folder}")

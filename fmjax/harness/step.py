@@ -1,9 +1,4 @@
-"""The training step that the experiments share, as the flags say; nothing about any data set.
-
-What is random in a step, the noise, the pairing and the times, is drawn for the global batch
-by `draw`, before the step is spread over the devices; `loss_fn` sees only its result. So the jit
-and pmap train on the same numbers, whatever the number of devices.
-"""
+"""The optimiser that the flags describe, and a task's steps on all devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,35 +9,30 @@ import optax
 
 from fmjax import training
 from fmjax.harness.config import RunConfig, mesh
+from fmjax.harness.task import Init, Task
 from fmjax.training import sharding
 
-Draw = Callable[[jax.Array, Any], Any]
 Steps = Callable[
     [training.TrainState, jax.Array, Any], tuple[training.TrainState, training.Metrics]
 ]
+HeldOut = Callable[[training.TrainState, jax.Array, Any], jax.Array]
 
 
-def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+def adam(config: RunConfig) -> optax.GradientTransformation:
     """Adam as the flags say; with `max_skipped_steps` one that leaves bad steps out."""
     tx = training.adam(
         config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
     )
-    if not config.max_skipped_steps:
-        return tx
-    return optax.chain(_spoil(), optax.apply_if_finite(tx, config.max_skipped_steps))
+    return skip_not_finite(tx, config.max_skipped_steps)
 
 
-def init_state(
-    config: RunConfig,
-    init_params: Callable[[jax.Array], Any],
-    key: jax.Array,
-    tx: optax.GradientTransformation,
-) -> training.TrainState:
+def skip_not_finite(tx: optax.GradientTransformation, most: int) -> optax.GradientTransformation:
+    """`tx`, which leaves out up to `most` steps whose loss or gradient is not finite."""
+    return optax.chain(_spoil(), optax.apply_if_finite(tx, most)) if most else tx
+
+
+def init_state(config: RunConfig, init: Init, key: jax.Array) -> training.TrainState:
     """The first state, made on every device: replicated, or split over `fsdp` of them."""
-
-    def init(key: jax.Array) -> training.TrainState:
-        return training.init_train_state(init_params(key), tx)
-
     devices = mesh(config)
     shardings = sharding.state_sharding(jax.eval_shape(init, key), devices)
     # It runs once: on a CPU, to optimise it would take longer than many steps.
@@ -51,66 +41,45 @@ def init_state(
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 
-def make_steps(
-    config: RunConfig,
-    draw: Draw,
-    loss_fn: training.LossFn,
-    tx: optax.GradientTransformation,
-    state: training.TrainState,
-) -> Steps:
+def jit_steps(config: RunConfig, step: training.TrainStep, state: training.TrainState) -> Steps:
     """The compiled steps `(state, key, batches) -> (state, metrics)` on all devices.
 
     Args:
-      config: the run's flags; `parallel` chooses jit or pmap.
-      draw: `(key, batch) -> drawn`, all that is random, `[batch, ...]`; both are pytrees.
-      loss_fn: `(params, key, drawn) -> scalar`; its key is for dropout.
-      tx: an Optax transformation.
+      config: the run's flags.
+      step: a task's.
       state: from `init_state`; only its shardings are read.
 
     Returns:
       Steps that take the batches of this process, a pytree of NumPy arrays `[num_steps,
-      local_batch, ...]`; each of the metrics is `[num_steps]`.
+      local_batch, ...]`; each of the metrics is `[num_steps]`. The state is donated.
     """
-    if config.parallel == "pmap":
-        return _pmap_steps(config, draw, loss_fn, tx)
-    step = training.make_train_step(loss_fn, tx, ema_decay=config.ema_decay)
-
-    def whole_step(state, key, batch):
-        key_draw, key_loss = jax.random.split(key)
-        return step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), batch))
-
     devices, shardings = mesh(config), jax.tree.map(lambda x: x.sharding, state)
     jitted = sharding.jit_train_step(
-        training.many_steps(whole_step), devices, state=shardings, batch_axis=1
+        training.many_steps(step), devices, state=shardings, batch_axis=1
     )
     return lambda state, key, batches: jitted(
         state, key, sharding.shard_batch(batches, devices, axis=1)
     )
 
 
-def _pmap_steps(
-    config: RunConfig, draw: Draw, loss_fn: training.LossFn, tx: optax.GradientTransformation
-) -> Steps:
-    devices = mesh(config)
-    mapped = sharding.pmap_train_step(
-        training.make_train_step(
-            loss_fn, tx, ema_decay=config.ema_decay, axis_name=sharding.DATA_AXIS
-        ),
-        list(devices.devices.flat),
+def jit_held_out(config: RunConfig, task: Task, state: training.TrainState) -> HeldOut:
+    """The loss `(state, key, batch) -> []` of held-out examples, on all devices.
+
+    It is what the step's metrics say at the state's parameters: the training loss, on other
+    examples. What of the step does not lead to it, the gradient above all, XLA leaves out. It is
+    always drawn as in step 0, so that it changes from one preview to the next by the parameters
+    alone.
+    """
+    devices, shardings = mesh(config), jax.tree.map(lambda x: x.sharding, state)
+
+    def loss(state: training.TrainState, key: jax.Array, batch: Any) -> jax.Array:
+        return task.step(state._replace(step=jnp.zeros_like(state.step)), key, batch)[1].loss
+
+    one = sharding.replicated(devices)
+    jitted = jax.jit(
+        loss, in_shardings=(shardings, one, sharding.batch_sharding(devices)), out_shardings=one
     )
-    draw_batch = jax.jit(draw, out_shardings=sharding.batch_sharding(devices))
-
-    def steps(state, key, batches):
-        key_draw, key_loss = jax.random.split(key)
-        metrics = []
-        for index in range(len(jax.tree.leaves(batches)[0])):
-            batch = jax.tree.map(lambda x, index=index: x[index], batches)
-            drawn = draw_batch(jax.random.fold_in(key_draw, state.step), batch)
-            state, one = mapped(state, key_loss, drawn)
-            metrics.append(one)
-        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
-
-    return steps
+    return lambda state, key, batch: jitted(state, key, sharding.shard_batch(batch, devices))
 
 
 def _spoil() -> optax.GradientTransformationExtraArgs:

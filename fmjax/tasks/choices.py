@@ -1,9 +1,12 @@
-"""The choices that an experiment's flags name: paths, couplings, training times."""
+"""The choices that the small experiments leave to their user: path, coupling, training times."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 import fmjax as fm
-from fmjax.harness.config import RunConfig, mesh
+from fmjax.harness.config import mesh
 from fmjax.training import sharding
 
 PATHS = {"cond_ot": fm.cond_ot(), "cosine": fm.cosine(), "linear_vp": fm.linear_vp(), "vp": fm.vp()}
@@ -13,19 +16,47 @@ TIMES = {"uniform": fm.uniform, "logit_normal": fm.logit_normal(), "edm_skewed":
 T_MAX = {"linear_vp": 0.999, "vp": 0.999}
 
 
-def draw_path_sample(config: RunConfig, key: jax.Array, x1: jax.Array) -> fm.PathSample:
-    """Noise, its pairing with the data, times and the point on the path, as the flags say.
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """The flags of an experiment that leaves these choices to its user."""
+
+    path: Literal["cond_ot", "cosine", "linear_vp", "vp"] = "cond_ot"
+    """Conditional path from noise to data."""
+    coupling: Literal["independent", "minibatch_ot"] = "independent"
+    """How noise and data are paired within a batch."""
+    times: Literal["uniform", "logit_normal", "edm_skewed"] = "uniform"
+    """Density of the training times."""
+
+
+class Chosen(NamedTuple):
+    """What the flags name.
+
+    Attributes:
+      path: the conditional path.
+      coupling: `(key, x0, x1) -> x0`.
+      times: `(key, shape) -> t`.
+    """
+
+    path: fm.AffinePath
+    coupling: fm.Coupling
+    times: fm.TimeSampler
+
+
+def choose(config: Any) -> Chosen:
+    """The path, the coupling and the times that the flags of a run name.
 
     Args:
-      config: the run's flags.
-      key: random key.
-      x1: data, `[batch, *event]`.
+      config: a `RunConfig` that is a `Choices` too.
     """
-    key_x0, key_pair, key_t = jax.random.split(key, 3)
-    x0 = jax.random.normal(key_x0, x1.shape)
-    if config.coupling != "independent":
-        # Replicated: the assignment is a loop, which would talk between them every turn.
-        x0, x1 = jax.lax.with_sharding_constraint((x0, x1), sharding.replicated(mesh(config)))
-    x0 = COUPLINGS[config.coupling](key_pair, x0, x1)
-    t = T_MAX.get(config.path, 1.0) * TIMES[config.times](key_t, x1.shape[:1])
-    return fm.sample_path(PATHS[config.path], x0, x1, t)
+    pair, draw_times = COUPLINGS[config.coupling], TIMES[config.times]
+
+    def coupling(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
+        if config.coupling != "independent":
+            # Replicated: the assignment is a loop, which would talk between them every turn.
+            x0, x1 = jax.lax.with_sharding_constraint((x0, x1), sharding.replicated(mesh(config)))
+        return pair(key, x0, x1)
+
+    def times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return T_MAX.get(config.path, 1.0) * draw_times(key, shape)
+
+    return Chosen(PATHS[config.path], coupling, times)

@@ -55,13 +55,14 @@ class Restored(NamedTuple):
 
 
 def open_manager(
-    folder: str | os.PathLike[str], *, max_to_keep: int | None = 3
+    folder: str | os.PathLike[str], *, max_to_keep: int | None = 3, keep_every: int | None = None
 ) -> ocp.CheckpointManager:
     """Opens a run folder, and makes it where there is none.
 
     Args:
       folder: any path, or a bucket's URL; spaces and non-ASCII letters are fine.
       max_to_keep: how many checkpoints stay, the latest; None for all. Older ones are deleted.
+      keep_every: those of steps that are multiples of this stay as well; None for none.
 
     Returns:
       Orbax's manager, for this module's functions. Use it as a context manager, or call its
@@ -78,7 +79,10 @@ def open_manager(
     # Orbax wants an absolute path; a bucket's URL (gs://...) is one.
     path = path if "://" in path else os.path.abspath(path)
     # Leftovers of killed saves stay: they may be another process's save in progress.
-    policy = ocp.checkpoint_managers.LatestN(max_to_keep)
+    kept = ocp.checkpoint_managers
+    policy: Any = kept.LatestN(max_to_keep)
+    if keep_every is not None:
+        policy = kept.AnyPreservationPolicy([policy, kept.EveryNSteps(keep_every)])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy)
     return stored.Manager(path, options=options, item_names=("state", "record"))
 

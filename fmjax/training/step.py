@@ -53,13 +53,13 @@ class Metrics(NamedTuple):
     Attributes:
       loss: the loss at the parameters before the update, over the global batch.
       gradient_norm: global L2 norm of the gradient, before any clipping in `tx`.
-      learning_rate: the rate of this very step, as `optax.inject_hyperparams` recorded it; NaN
+      learning_rate: the rate of this very step, as `optax.inject_hyperparams` recorded it; None
         where `tx` records none, or more than one.
     """
 
     loss: jax.Array
     gradient_norm: jax.Array
-    learning_rate: jax.Array
+    learning_rate: jax.Array | None = None
 
 
 class LossFn(Protocol):
@@ -172,8 +172,8 @@ def make_train_step(
         ema_params = optax.tree.cast_like(ema_params, state.ema_params)
         norm = optax.tree.norm(jax.tree.map(at_least_float32, gradients))
         # Optax records in the new state the rate that it has just used.
-        values = (loss, norm, _learning_rate(opt_state))
-        metrics = Metrics(*(jnp.asarray(value, jnp.float32) for value in values))
+        values = Metrics(loss, norm, _learning_rate(opt_state))
+        metrics = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), values)
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return train_step
@@ -231,11 +231,11 @@ def _ema_weight(ema_decay: float | optax.Schedule) -> Callable[[jax.Array], jax.
     return lambda step: jnp.maximum(1.0 - ema_decay, 9.0 / (10.0 + step))
 
 
-def _learning_rate(opt_state: Any) -> jax.typing.ArrayLike:
+def _learning_rate(opt_state: Any) -> Any:
     # The name is also a key of the schedules' states and may be a parameter's: the path tells.
     rates = optax.tree.get_all_with_path(
         opt_state,
         "learning_rate",
         filtering=lambda path, _: len(path) > 1 and getattr(path[-2], "name", "") == "hyperparams",
     )
-    return rates[0][1] if len(rates) == 1 else jnp.nan
+    return rates[0][1] if len(rates) == 1 else None

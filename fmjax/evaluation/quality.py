@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import drawing
-from experiments.curve import errors_over_seeds
-from experiments.judging import Judge
-from experiments.trained import Trained
 from fmjax.data import pixels
+from fmjax.evaluation import drawing
+from fmjax.evaluation.curve import errors_over_seeds
+from fmjax.evaluation.judging import Judge
 from fmjax.harness.store import Store, progress
+from fmjax.harness.task import Trained
 
 
 def measure(
@@ -59,9 +59,11 @@ def measure(
     for seed in progress(seeds, "seeds"):
         key = jax.random.fold_in(jax.random.key(seed), 1)
         name = f"seed_{seed}"
-        run = drawing.draw(solve, way, drawn, name, key, shape, num_samples, trained.labels, levels)
+        run = drawing.draw(
+            solve, way, drawn, name, key, shape, num_samples, trained.condition, levels
+        )
         features = encode_samples(judge, encoded, name, run.x1, shape[0])
-        figures.append(judge.figures(features, trained.labels(np.arange(num_samples))))
+        figures.append(judge.figures(features, trained.condition(np.arange(num_samples))))
         runs.append(run)
     return {
         "num_samples": num_samples,

@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from experiments import judging, trained
 from fmjax import data
+from fmjax.evaluation import judging
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.config import flags
 from fmjax.harness.records import environment
+from fmjax.harness.task import Trained
 from fmjax.training import sharding
 
-NUM_POINTS = 2048  # held-out points of a 2-D run
 IMAGE_FLAGS = ("tolerance", "num_samples", "eval_examples", "num_draws", "dequantization")
-IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge", "guidance")
+IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Config:
     """Evaluates a finished run."""
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Run folder of an image or 2-D experiment."""
+    """Run folder."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the noise; the figures are means over them. The first also seeds the likelihood."""
     average: bool = True
@@ -32,11 +32,11 @@ class Config:
     batch_size: int = 128
     """Examples per solve, over all devices. They share the adaptive step."""
     tolerance: float = 1e-3
-    """Of Tsit5, relative and absolute, in samples and likelihoods of images. In the plane 1e-5."""
+    """Of Tsit5, relative and absolute, in samples and likelihoods of images. Of points 1e-5."""
     num_samples: int = 1000
-    """Samples per seed. Published figures want 50000. In the plane: as many as held-out points."""
+    """Samples per seed. Published figures want 50000. Of points: as many as are held out."""
     eval_examples: int = 256
-    """Held-out images for bits/dim, the first of the run's --eval-split. In the plane 2048."""
+    """Held-out images for bits/dim, the first of the run's --eval-split."""
     guidance: float = 1.0
     """Scale of the guidance in drawing from a run with --conditional; 1 is none."""
     num_draws: int = 1
@@ -70,19 +70,17 @@ def check(config: Config) -> None:
     sharding.check_batch_size(config.batch_size, jax.device_count())
 
 
-def identity(model: trained.Trained, config: Config) -> dict[str, Any]:
+def identity(model: Trained, config: Config) -> dict[str, Any]:
     """What every stored number depends on. A solve's step is shared by its batch."""
     return {"parameters": model.digest, "batch_size": config.batch_size}
 
 
-def record(
-    config: Config, model: trained.Trained, leave_out: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def record(config: Config, model: Trained, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """How the figures were made: flags that count, parameters, device and versions."""
     unused = ("run", *leave_out)
     asked = {name: value for name, value in flags(config).items() if name not in unused}
     return {
-        "experiment": model.experiment,
+        "experiment": model.name,
         "step": model.step,
         "parameters": "moving average" if model.average else "last",
         "parameters_sha256": model.digest,
@@ -90,18 +88,18 @@ def record(
     } | environment()
 
 
-def refuse_image_flags(config: Config) -> None:
-    """A 2-D run's likelihood is exact and its samples are as many as the held-out points."""
-    if config.curve_examples > NUM_POINTS:
+def refuse_image_flags(config: Config, num_points: int) -> None:
+    """A likelihood of points is exact, and samples are as many as the held-out points."""
+    if config.curve_examples > num_points:
         raise ValueError(
-            f"--curve-examples must be at most the {NUM_POINTS} held-out points of a 2-D run; got "
+            f"--curve-examples must be at most the {num_points} held-out points of the run; got "
             f"{config.curve_examples}."
         )
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in IMAGE_FLAGS if getattr(config, name) != defaults[name]]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"These flags are for image runs; {config.run} is a 2-D one: {names}.")
+        raise ValueError(f"These flags are for image runs; {config.run} is one of points: {names}.")
 
 
 def first(dataset: data.ImageDataset, num: int) -> data.ImageDataset:

@@ -19,10 +19,10 @@ import numpy as np
 from scipy import special
 
 import fmjax as fm
-from experiments.trained import Trained
 from fmjax import data
 from fmjax.data import dequantization
 from fmjax.harness.store import Store, progress
+from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
 from fmjax.training import sharding
 
@@ -48,7 +48,13 @@ class Likelihood(NamedTuple):
 
 
 def measure(
-    how: Likelihood, trained: Trained, dataset: data.ImageDataset, store: Store, seed: int
+    how: Likelihood,
+    trained: Trained,
+    dataset: data.ImageDataset,
+    store: Store,
+    seed: int,
+    *,
+    conditional: bool,
 ) -> dict[str, Any]:
     """The bounds of `dataset.images`, the solver's own error and the cost.
 
@@ -58,13 +64,14 @@ def measure(
       dataset: the images, all of them are used.
       store: where the log-weights of each batch are kept.
       seed: of the draws and probes.
+      conditional: whether the likelihood is given the images' labels.
 
     Returns:
       What stands in evaluation.json under "likelihood".
     """
     log_weights = _log_weights_fn(how, trained)
     images, mesh = dataset.images, sharding.make_mesh()
-    labels = None if trained.num_classes is None else dataset.labels
+    labels = dataset.labels if conditional else None
     key = jax.random.fold_in(jax.random.key(seed), 0)
 
     def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import fmjax as fm
-from experiments.trained import Trained
 from fmjax.harness.progress import progress
 from fmjax.harness.store import Store
+from fmjax.harness.task import Trained
 from fmjax.training import sharding
 
 SOLVERS = {
@@ -56,23 +56,23 @@ def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
 
 
 def make_solve(trained: Trained) -> Solve:
-    """`(way, x0, labels) -> (x1, num_evaluations)`, guided; compiled once per solver and steps."""
+    """`(way, x0, condition) -> (x1, num_evaluations)`, compiled once per solver and steps."""
     compiled: dict[Any, Any] = {}
 
-    def solve(way: Way, x0: jax.Array, labels: Any) -> tuple[jax.Array, jax.Array]:
+    def solve(way: Way, x0: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
         key = (way.solver, way.num_steps)
         if key not in compiled:
             compiled[key] = jax.jit(_solve_fn(trained, *key))
-        return compiled[key](trained.params, x0, labels, way.tolerance)
+        return compiled[key](trained.params, x0, condition, way.tolerance)
 
     return solve
 
 
 def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[..., Any]:
-    def solve(params: Any, x0: jax.Array, labels: Any, tolerance: Any) -> tuple[Any, Any]:
+    def solve(params: Any, x0: jax.Array, condition: Any, tolerance: Any) -> tuple[Any, Any]:
         adaptive = None if num_steps else diffrax.PIDController(rtol=tolerance, atol=tolerance)
         trajectory = fm.integrate(
-            trained.guided(params, labels),
+            trained.guided(params, condition),
             x0,
             solver=SOLVERS[solver][0],
             num_steps=num_steps,
@@ -91,7 +91,7 @@ def draw(
     key: jax.Array,
     shape: tuple[int, ...],
     num: int,
-    labels: Callable[[np.ndarray], np.ndarray | None],
+    condition: Callable[[np.ndarray], Any],
     finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
 ) -> Drawn:
     """`num` samples in batches that are split over all devices.
@@ -115,7 +115,7 @@ def draw(
     def batch(i: int) -> dict[str, np.ndarray]:
         x0 = jax.random.normal(jax.random.fold_in(key, i), shape)
         rows = np.arange(i * shape[0], (i + 1) * shape[0])
-        x1, evaluations = solve(way, *sharding.shard_batch((x0, labels(rows)), mesh))
+        x1, evaluations = solve(way, *sharding.shard_batch((x0, condition(rows)), mesh))
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
     indices = progress(range(-(-num // shape[0])), name, leave=False, disable=None)

@@ -2,22 +2,23 @@
 
 The encoder is the FID Inception network where its weights are at hand, under one of two protocols
 of preprocessing; or a published CIFAR-10 ResNet, whose figures anybody can compute again; or else a
-classifier that `experiments.encoder` has trained on the data set. Only the first gives an FID; the
+classifier of `fmjax.evaluation.encoder`, trained on the data set. Only the first gives an FID; the
 others give "FD (NAME)", comparable under that encoder alone.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import encoder as encoders
-from experiments import images as image_runs
-from experiments.reference import Reference, load_or_compute
 from fmjax import data, metrics
 from fmjax.data import pixels
+from fmjax.evaluation import encoder as encoders
+from fmjax.evaluation.reference import Reference, load_or_compute
+from fmjax.harness.records import make_folder
 from fmjax.metrics import resnet
 from fmjax.metrics.encoders import (
     LEGACY_TENSORFLOW,
@@ -44,7 +45,7 @@ class JudgeConfig:
     resnet: pathlib.Path | None = None
     """Weights of a CIFAR-10 ResNet: a .th of pytorch_resnet_cifar10, or as .npz or safetensors."""
     encoder: pathlib.Path | None = None
-    """Folder of experiments.encoder, else runs/encoder_DATASET, made where there is none."""
+    """Folder of an encoder, else runs/encoder_DATASET, made where there is none."""
     reference_split: str | None = None
     """The real images, else the run's --train-split."""
     reference_dir: pathlib.Path = pathlib.Path("runs/reference")
@@ -53,6 +54,26 @@ class JudgeConfig:
     """Groups of samples that errors are taken over."""
     allow_few_samples: bool = False
     """Whether to accept fewer samples than a covariance of full rank needs."""
+
+
+class RealImages(NamedTuple):
+    """What a run was trained on, as a judge asks for it.
+
+    Attributes:
+      dataset: its name, or where it is.
+      word: the same as a file may be called.
+      train_split: the split that the run was trained on.
+      eval_split: the split that it was not.
+      load: `split -> ImageDataset`.
+      sha256: of the images and labels that it was trained on.
+    """
+
+    dataset: str
+    word: str
+    train_split: str
+    eval_split: str
+    load: Callable[[str], data.ImageDataset]
+    sha256: str
 
 
 class Judge(NamedTuple):
@@ -145,14 +166,14 @@ def check(config: JudgeConfig) -> None:
         )
 
 
-def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_size: int) -> Judge:
+def make_judge(config: JudgeConfig, images: RealImages, batch_size: int) -> Judge:
     """Loads or trains the encoder, and the real images' features, computed once."""
-    encoder, name = _encoder(config, run_config)
-    split = config.reference_split or run_config.train_split
-    real = image_runs.load(run_config, split)
-    _check_real(config, run_config.dataset, split, real, encoder.num_features)
+    encoder, name = _encoder(config, images)
+    split = config.reference_split or images.train_split
+    real = images.load(split)
+    _check_real(config, images.dataset, split, real, encoder.num_features)
     reference = load_or_compute(
-        config.reference_dir, encoder, run_config.dataset, split, real.images, batch_size=batch_size
+        config.reference_dir, encoder, images.word, split, real.images, batch_size=batch_size
     )
     record = {
         "distance": name,
@@ -173,7 +194,7 @@ def make_judge(config: JudgeConfig, run_config: image_runs.ImageConfig, batch_si
     )
 
 
-def _encoder(config: JudgeConfig, run_config: image_runs.ImageConfig) -> tuple[Encoder, str]:
+def _encoder(config: JudgeConfig, images: RealImages) -> tuple[Encoder, str]:
     """The encoder that the flags name, and what a Fréchet distance under it is called."""
     if config.inception is not None:
         protocol = PROTOCOLS[config.protocol]
@@ -183,7 +204,7 @@ def _encoder(config: JudgeConfig, run_config: image_runs.ImageConfig) -> tuple[E
         encoder = resnet_encoder(config.resnet)
         weights = f"{encoder.num_features} features, weights sha256 {encoder.digest[:8]}"
         return encoder, f"FD ({encoder.name}, {weights})"
-    encoder = _classifier(config.encoder, run_config)
+    encoder = _classifier(config.encoder, images)
     return encoder, f"FD (encoder {encoder.name})"
 
 
@@ -210,15 +231,27 @@ def _check_real(
         )
 
 
-def _classifier(folder: pathlib.Path | None, run_config: image_runs.ImageConfig) -> Encoder:
-    usual = pathlib.Path(f"runs/encoder_{run_config.dataset}")
-    if folder is None and run_config.dataset not in encoders.NUM_STEPS:
+def _classifier(folder: pathlib.Path | None, images: RealImages) -> Encoder:
+    """The one in the folder, or one of the data set's own, trained where there is none."""
+    if folder is not None:
+        return encoders.load_encoder(folder)
+    own = images.dataset not in encoders.NUM_STEPS
+    # Pictures of a user's own may change under one name.
+    name = f"{images.word}-{images.sha256[:8]}" if own else images.dataset
+    folder = pathlib.Path(f"runs/encoder_{name}")
+    if (folder / "encoder.json").exists():
+        return encoders.load_encoder(folder)
+    train_split = images.train_split if own else "train"
+    train_set = images.load(train_split)
+    test_set = images.load(images.eval_split if own else "test")
+    if train_set.num_classes < 2:
         raise ValueError(
-            f"An encoder is made for {', '.join(encoders.NUM_STEPS)}; got {run_config.dataset}. "
+            f"An encoder is trained on classes; got {train_set.num_classes} in {images.dataset}. "
             "Name one by --judge.encoder, or published weights by --judge.inception or "
             "--judge.resnet."
         )
-    if folder is None and not (usual / "encoder.json").exists():
-        print(f"No encoder for {run_config.dataset}: training one into {usual}.", flush=True)
-        encoders.main(encoders.Config(dataset=run_config.dataset, data_dir=run_config.data_dir))  # pyright: ignore
-    return encoders.load_encoder(folder or usual)
+    print(f"No encoder for {images.dataset}: training one into {folder}.", flush=True)
+    make_folder(folder)
+    flags = dataclasses.replace(encoders.Config(), workdir=folder, dataset=images.dataset)  # pyright: ignore
+    encoders.make(flags, folder, train_set, test_set)
+    return encoders.load_encoder(folder)

@@ -1,28 +1,51 @@
-"""The table of an evaluation, as Markdown: each figure beside its error and how it was made."""
+"""The table of an evaluation, as Markdown: each figure beside its error and how it was made.
 
+A record holds its "protocol" and the "rows" of its table, `(figure, value, how)` each.
+"""
+
+import pathlib
 from typing import Any
+
+from fmjax.harness.records import write_json, write_text
+
+
+def write(folder: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes evaluation.json and evaluation.md."""
+    write_json(folder / "evaluation.json", result)
+    write_text(folder / "evaluation.md", table(result))
 
 
 def table(result: dict[str, Any]) -> str:
     """The table of evaluation.json's content."""
-    likelihood, quality = result["likelihood"], result["quality"]
-    if "bounds" in likelihood:
-        rows = _bits(likelihood) + _image_quality(quality)
-    else:
-        rows = _nats(likelihood) + _plane_quality(quality)
     protocol = result["protocol"]
-    sampler = quality["sampler"]
-    if "class_accuracy" in quality:
-        sampler += f", guidance {protocol['flags']['guidance']:g}"
-    rows.append(("evaluations per sample", f"{quality['num_evaluations']:.0f}", sampler))
-    sampling, solving = quality["seconds"], likelihood["seconds"]
-    where = f"{protocol['device_count']} x {protocol['device_kind']}, compilation included"
-    rows.append(("seconds", f"{sampling:.0f} sampling, {solving:.0f} likelihood", where))
     head = (
         f"{protocol['experiment']}, step {protocol['step']}, parameters: {protocol['parameters']}"
     )
     lines = [f"| {head} | value | how |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in rows]) + "\n"
+    return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in result["rows"]]) + "\n"
+
+
+def rows_of_images(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of an image run."""
+    return _bits(result["likelihood"]) + _image_quality(result["quality"]) + _cost(result)
+
+
+def rows_of_points(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of a run on points."""
+    return _nats(result["likelihood"]) + _point_quality(result["quality"]) + _cost(result)
+
+
+def _cost(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    likelihood, quality, protocol = result["likelihood"], result["quality"], result["protocol"]
+    sampler = quality["sampler"]
+    if "class_accuracy" in quality:
+        sampler += f", guidance {protocol['flags']['guidance']:g}"
+    sampling, solving = quality["seconds"], likelihood["seconds"]
+    where = f"{protocol['device_count']} x {protocol['device_kind']}, compilation included"
+    return [
+        ("evaluations per sample", f"{quality['num_evaluations']:.0f}", sampler),
+        ("seconds", f"{sampling:.0f} sampling, {solving:.0f} likelihood", where),
+    ]
 
 
 def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -57,6 +80,7 @@ def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _nats(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
     error = likelihood["solver_error"]
+    mass = likelihood.get("density_integral")
     return [
         (
             "log-likelihood, nats per point",
@@ -69,7 +93,7 @@ def _nats(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"tolerance {error['tolerance']:g} less {error['tolerance'] / 10:g}; at most "
             f"{error['largest_difference']:.1e} at a point",
         ),
-        ("integral of the density", f"{likelihood['density_integral']:.4f}", "1 is right"),
+        *([] if mass is None else [("integral of the density", f"{mass:.4f}", "1 is right")]),
     ]
 
 
@@ -93,7 +117,7 @@ def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _plane_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _point_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     how = f"{quality['num_samples']} samples x {len(quality['seeds'])} seeds, held-out points"
     floor = f"{how}; fresh data: {quality['wasserstein2_of_fresh_data']:.4f}"
     mmd = quality["squared_mmd"]

@@ -7,15 +7,18 @@ which is the solver's own error. What counts as exact is Tsit5 at a tenth of the
 asked for (1e-6 in the plane): distances that have become level with its own error fall no further.
 """
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import drawing
-from experiments.trained import Trained
+from fmjax import plotting
+from fmjax.evaluation import drawing
+from fmjax.evaluation.protocol import Config
 from fmjax.harness.store import Store, progress
+from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
 
 
@@ -53,7 +56,7 @@ def measure(
     def samples(way: drawing.Way) -> drawing.Drawn:
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
         name = f"seed_{seed}_{way.solver}_{how}"
-        return drawing.draw(solve, way, store, name, key, shape, num, trained.labels)
+        return drawing.draw(solve, way, store, name, key, shape, num, trained.condition)
 
     exact = drawing.Way("Tsit5", tolerance=tight)
     x1 = samples(exact).x1
@@ -68,6 +71,33 @@ def measure(
             "error_rms": float(np.sqrt(np.mean(np.square(drawn.x1 - x1)))),
         }
         rows.append(way._asdict() | row)
+    return rows
+
+
+def draw(
+    config: Config,
+    trained: Trained,
+    folder: pathlib.Path,
+    base: dict[str, Any],
+    event_shape: tuple[int, ...],
+    quality: Callable[[np.ndarray], Estimate],
+    label: str,
+    tight: float,
+) -> list[dict[str, Any]]:
+    """The curve's rows and its picture, or none where the flags ask for none."""
+    if not config.curve_examples:
+        return []
+    rows = measure(
+        trained,
+        Store(folder, "curve", base),
+        (config.batch_size, *event_shape),
+        config.curve_examples,
+        drawing.ways(config.curve_evaluations, config.curve_tolerances),
+        quality,
+        seed=config.seeds[0],
+        tight=tight,
+    )
+    plotting.save(folder / "curve.png", plotting.cost_curve(rows, label=label))
     return rows
 
 

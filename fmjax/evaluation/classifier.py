@@ -1,4 +1,4 @@
-"""The network of `experiments.encoder`, its files, and how they become an `Encoder`.
+"""The network of `fmjax.evaluation.encoder`, its files, and how they become an `Encoder`.
 
 Pixels enter as x = 2 (v + 1/2) / num_levels - 1. Convolutions, each with GroupNorm and SiLU, are
 averaged over the image; a dense layer and SiLU make the features, a last dense layer the logits.
@@ -115,7 +115,7 @@ def write(folder: pathlib.Path, weights: bytes, record: dict[str, Any]) -> None:
 
 
 def load_encoder(folder: pathlib.Path) -> Encoder:
-    """Reads an encoder that `python -m experiments.encoder` has written.
+    """Reads an encoder that `python -m fmjax.evaluation.encoder` has written.
 
     Args:
       folder: it holds encoder.json and encoder.safetensors.
@@ -212,4 +212,5 @@ def _existing(path: pathlib.Path) -> pathlib.Path:
 
 
 def _command(folder: pathlib.Path, dataset: str) -> str:
-    return f"python -m experiments.encoder --dataset {dataset} --workdir {shlex.quote(str(folder))}"
+    program = "python -m fmjax.evaluation.encoder"
+    return f"{program} --dataset {dataset} --workdir {shlex.quote(str(folder))}"

@@ -1,0 +1,82 @@
+"""From a run folder to a table: likelihood, sample quality and true cost, each with its error.
+
+    fmjax evaluate runs/digits
+
+Writes evaluation.json, evaluation.md and pictures into RUN_FOLDER/evaluation. Started again, it
+resumes where it was: batches of samples and log-densities that are on disk are not computed again.
+What is measured is the task's own affair, `Task.evaluate`; a task without one has its held-out loss
+measured.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax.evaluation import protocol, report
+from fmjax.evaluation.errors import standard_error
+from fmjax.evaluation.protocol import Config as Config
+from fmjax.harness import keys
+from fmjax.harness.read import read
+from fmjax.harness.records import lock, writing
+from fmjax.harness.run import differences
+from fmjax.harness.task import Trained
+
+
+def main(config: Config) -> dict[str, Any]:
+    protocol.check(config)
+    trained = read(config.run, average=config.average, guidance=config.guidance)
+    check_data(trained)
+    folder = config.run / "evaluation"
+    with writing(folder, lambda: "what is computed stays"):
+        folder.mkdir(exist_ok=True)
+        with lock(folder):
+            result = (trained.task.evaluate or held_out_loss)(trained, folder, config)
+            report.write(folder, result)
+    print(f"\n{report.table(result)}\nEvaluation folder  {folder}")
+    return result
+
+
+def check_data(trained: Trained) -> None:
+    """Refuses data that are not those which the run was trained on.
+
+    Else what it learnt by heart could be among what is held out.
+    """
+    if trained.config.known is None or trained.task.data is None:
+        return
+    if lines := differences(trained.config.known, trained.task.data()):
+        raise ValueError(
+            f"The data must be those that {trained.config.folder} was trained on; they differ in "
+            f"{lines}. Bring them back."
+        )
+
+
+def held_out_loss(trained: Trained, folder: pathlib.Path, config: Config) -> dict[str, Any]:
+    """The training loss of held-out examples, at the parameters that are evaluated."""
+    task = trained.task
+    if task.held_out is None or not task.num_held_out:
+        raise ValueError(
+            f"An evaluation needs Task.evaluate, or held-out examples for a loss; the task of "
+            f"{trained.config.folder} has neither. Give it held_out and num_held_out."
+        )
+    num = min(task.num_held_out, config.eval_examples)
+    size = min(config.batch_size, num)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    state = state._replace(params=trained.params)
+    loss = jax.jit(lambda state, key, batch: task.step(state, key, batch)[1].loss)
+    key = keys.key(config.seeds[0], "held out")
+    values = [
+        float(loss(state, jax.random.fold_in(key, k), task.held_out(np.arange(k, k + size))))
+        for k in range(0, num - size + 1, size)
+    ]
+    error = standard_error(np.asarray(values))
+    figure = f"{np.mean(values):.4f}" + ("" if error is None else f" ± {error:.4f}")
+    how = f"{len(values) * size} held-out examples in batches of {size}"
+    return {
+        "protocol": protocol.record(config, trained),
+        "held_out_loss": float(np.mean(values)),
+        "held_out_loss_standard_error": error,
+        "rows": [["held-out loss", figure, how]],
+    }

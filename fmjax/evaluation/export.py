@@ -1,0 +1,45 @@
+"""The parameters of a finished run as one safetensors file, with the run's record inside.
+
+    fmjax export runs/digits digits.safetensors
+
+`fmjax.weights.load_safetensors` reads it back, any other library's reader the tensors alone.
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import tyro
+
+from fmjax import weights
+from fmjax.harness.read import read, read_config
+from fmjax.harness.records import make_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Exports the parameters of a finished run."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Run folder."""
+    file: Annotated[pathlib.Path, tyro.conf.Positional]
+    """The file to write; it must not be there yet."""
+    average: bool = True
+    """Whether to take the moving average of the parameters, or the last ones."""
+
+
+def main(config: Config) -> None:
+    if config.file.exists():
+        raise ValueError(f"{config.file} is there and stays as it is. Name another file.")
+    record, _ = read_config(config.run)
+    trained = read(config.run, average=config.average)
+    samples = trained.task.samples
+    record |= {
+        "step": trained.step,
+        "parameters": "moving average" if trained.average else "last",
+        "parameters_sha256": trained.digest,
+        "num_classes": None if samples is None else samples.num_classes,
+    }
+    make_folder(config.file.absolute().parent)
+    weights.export_safetensors(config.file, trained.params, record)
+    print(f"{config.file}: the parameters of step {trained.step}, {record['parameters']}")

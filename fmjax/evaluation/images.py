@@ -1,0 +1,122 @@
+"""Evaluation of an image run: bits/dim, sample quality, and quality against cost."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmjax as fm
+from fmjax import data, plotting
+from fmjax.data import dequantization
+from fmjax.evaluation import curve, densities, drawing, judging, protocol, quality, report
+from fmjax.evaluation.protocol import Config
+from fmjax.harness.store import Store, num_computed
+from fmjax.harness.task import Trained
+from fmjax.metrics import Estimate
+from fmjax.training import digests
+
+
+def evaluate(
+    images: judging.RealImages, trained: Trained, folder: pathlib.Path, config: Config
+) -> dict[str, Any]:
+    """What `fmjax.evaluation.evaluate` writes of an image run.
+
+    Args:
+      images: what it was trained on.
+      trained: the run.
+      folder: the evaluation's folder.
+      config: the flags of the evaluation.
+    """
+    conditional = trained.condition(np.arange(1)) is not None
+    held_out = protocol.first(images.load(images.eval_split), config.eval_examples)
+    event_shape = held_out.images.shape[1:]
+    judge = judging.make_judge(config.judge, images, config.batch_size)
+    judge.check_num_samples("--num-samples", config.num_samples)
+    if config.curve_examples:
+        judge.check_num_samples("--curve-examples", config.curve_examples)
+    way = drawing.Way("Tsit5", tolerance=config.tolerance)
+    shape = (config.batch_size, *event_shape)
+    base = protocol.identity(trained, config)
+
+    how = likelihood_of(config, held_out)
+    settings = base | how.settings | {"images": digests.hash_array(held_out.images)}
+    store = Store(folder, "log_prob", settings)
+    likelihood = densities.measure(
+        how, trained, held_out, store, config.seeds[0], conditional=conditional
+    )
+    likelihood["images_sha256"] = settings["images"]
+    likelihood["begun_on"] = store.begun_on
+    given = ", given their classes" if conditional else ""
+    likelihood["images"] = (
+        f"first {len(held_out.images)} of {images.dataset} {images.eval_split}{given}"
+    )
+    if conditional:  # samples depend on it, likelihoods don't
+        base |= {"guidance": config.guidance}
+
+    measured, drawn = quality.measure(
+        trained,
+        judge,
+        folder,
+        base | {"way": list(way)},
+        way=way,
+        shape=shape,
+        num_levels=held_out.num_levels,
+        num_samples=config.num_samples,
+        seeds=config.seeds,
+    )
+    labels = trained.condition(np.arange(len(drawn)))
+    kept = np.arange(len(drawn)) < (64 if labels is None else 8 * held_out.num_classes)
+    plotting.save(
+        folder / "samples.png",
+        plotting.grid(drawn[kept], num_levels=held_out.num_levels)
+        if labels is None
+        else plotting.by_class(drawn[kept], labels[kept], held_out.num_levels),
+    )
+    result = {
+        "protocol": protocol.record(config, trained)
+        | {"levels": f"samples rounded to the nearest of {held_out.num_levels} levels"},
+        "likelihood": likelihood,
+        "quality": measured | judge.record,
+        "curve": [],
+        "batches_computed": num_computed(folder),
+    }
+    result["rows"] = report.rows_of_images(result)
+    report.write(folder, result)  # the curve is the long part: the figures are on disk before it
+
+    def frechet(x1: np.ndarray) -> Estimate:
+        return judge.frechet(judge.features(x1, held_out.num_levels, config.batch_size))
+
+    tight = min(config.curve_tolerances) / 10
+    label = judge.record["distance"]
+    rows = curve.draw(config, trained, folder, base, event_shape, frechet, label, tight)
+    return result | {"curve": rows, "batches_computed": num_computed(folder)}
+
+
+def likelihood_of(config: Config, held_out: data.ImageDataset) -> densities.Likelihood:
+    """The estimator that the flags describe."""
+    dequantizers = {
+        "uniform": dequantization.uniform_dequantizer(held_out.num_levels),
+        "truncated-normal": dequantization.truncated_normal_dequantizer(held_out.num_levels),
+    }
+    names = {"uniform": "uniform", "truncated-normal": "truncated-normal (std 0.5 levels)"}
+    probes = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
+
+    def hutchinson(key: jax.Array) -> fm.Divergence:
+        return fm.hutchinson_estimates(key, config.num_probes, probe=probes[config.probe])
+
+    exact = config.divergence == "exact"
+    return densities.Likelihood(
+        dequantizer=dequantizers[config.dequantization],
+        divergence=(lambda key: fm.exact_divergence()) if exact else hutchinson,
+        num_draws=config.num_draws,
+        tolerance=config.tolerance,
+        batch_size=config.batch_size,
+        settings={
+            "dequantization": names[config.dequantization],
+            "divergence": "exact" if exact else f"hutchinson, {config.num_probes} {config.probe}",
+            "solver": "Tsit5",
+            "tolerance": config.tolerance,
+            "seed": config.seeds[0],
+        },
+    )

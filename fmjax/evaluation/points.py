@@ -1,0 +1,187 @@
+"""Evaluation of runs on points: log-likelihood, Wasserstein distance, and quality against cost.
+
+In the plane the density is drawn on a grid too, where it must sum to one.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from fmjax import metrics, plotting
+from fmjax.evaluation import curve, drawing, protocol, report
+from fmjax.evaluation.curve import errors_over_seeds, over_seeds
+from fmjax.evaluation.errors import standard_error
+from fmjax.evaluation.protocol import Config
+from fmjax.harness import keys
+from fmjax.harness.store import Store, num_computed, progress
+from fmjax.harness.task import Trained
+from fmjax.training import digests, sharding
+
+SIDE = 300  # of the density's grid
+TOLERANCE = 1e-5
+
+
+class Points(NamedTuple):
+    """Data, none of it trained on.
+
+    Attributes:
+      held_out: for the log-likelihood and as what samples are compared with, `[num, D]`.
+      another: an independent set of the same size: its distance is what a perfect model has.
+      conditions: of the held-out points, `[num, ...]`, which samples are drawn under too, so that
+        the k-th sample has the k-th point's; None for a model without.
+      log_scale: what log-densities are lowered by to be those of other units, the sum of the
+        logarithms of the standard deviations that the points were divided by.
+    """
+
+    held_out: np.ndarray
+    another: np.ndarray
+    conditions: Any = None
+    log_scale: float = 0.0
+
+
+def evaluate(
+    points: Points, trained: Trained, folder: pathlib.Path, config: Config
+) -> dict[str, Any]:
+    """What `fmjax.evaluation.evaluate` writes of a run on points.
+
+    Args:
+      points: data that were not trained on.
+      trained: the run.
+      folder: the evaluation's folder.
+      config: the flags of the evaluation.
+    """
+    num, dim = points.held_out.shape
+    protocol.refuse_image_flags(config, num)
+    base = protocol.identity(trained, config) | {
+        "tolerance": TOLERANCE,
+        "data": digests.hash_array(points.held_out),
+    }
+    if points.conditions is not None:
+        base |= {"guidance": config.guidance, "conditions": digests.hash_tree(points.conditions)}
+    at_once = num - num % jax.device_count()
+    store = Store(folder, "log_prob", base)
+    found = likelihood(trained, store, points)
+    samples = Store(folder, "samples", base | {"batch_size": at_once})
+    measured, drawn = quality(trained, samples, points, at_once, config.seeds)
+    if dim == 2 and points.conditions is None:
+        extent = plotting.limits(points.held_out, margin=0.3)
+        p, mass = density(trained, store, extent)
+        found["density_integral"] = mass
+        picture = plotting.samples_and_density(points.held_out, drawn, p, extent)
+        plotting.save(folder / "density.png", picture)
+    result = {
+        "protocol": protocol.record(config, trained, leave_out=protocol.IMAGE_FLAGS),
+        "likelihood": found,
+        "quality": measured,
+        "curve": [],
+        "batches_computed": num_computed(folder),
+    }
+    result["rows"] = report.rows_of_points(result)
+    report.write(folder, result)  # the curve is the long part: the figures are on disk before it
+
+    def wasserstein2(x1: np.ndarray) -> metrics.Estimate:
+        both = np.concatenate([x1, points.held_out[: len(x1)]], axis=1)
+        return metrics.jackknife(lambda z: metrics.wasserstein2(z[:, :dim], z[:, dim:]), both)
+
+    label = "2-Wasserstein distance"
+    rows = curve.draw(config, trained, folder, base, (dim,), wasserstein2, label, tight=1e-6)
+    return result | {"curve": rows, "batches_computed": num_computed(folder)}
+
+
+def likelihood(trained: Trained, store: Store, points: Points) -> dict[str, Any]:
+    """Exact log-likelihood in nats per point, at the tolerance and at a tenth of it."""
+    solve = _log_prob_fn(trained)
+
+    def compute(tolerance: float) -> dict[str, np.ndarray]:
+        solved = solve(points.held_out, points.conditions, tolerance)
+        return {
+            "log_prob": np.asarray(solved.log_prob),
+            "num_evaluations": np.asarray(solved.num_evaluations),
+        }
+
+    done = [
+        store.get(f"held_out_tolerance_{tol:.3g}", lambda tol=tol: compute(tol))
+        for tol in (TOLERANCE, TOLERANCE / 10)
+    ]
+    log_p, tight = (batch["log_prob"].astype(np.float64) - points.log_scale for batch in done)
+    return {
+        "num_points": len(log_p),
+        "nats_per_point": float(log_p.mean()),
+        "standard_error": standard_error(log_p),
+        "solver_error": {
+            "tolerance": TOLERANCE,
+            "difference": float((log_p - tight).mean()),
+            "largest_difference": float(np.abs(log_p - tight).max()),
+            "num_evaluations_at_a_tenth": int(done[1]["num_evaluations"]),
+        },
+        "num_evaluations": int(done[0]["num_evaluations"]),
+        "seconds": round(float(sum(batch["seconds"] for batch in done)), 2),
+        "estimator": {"divergence": "exact", "solver": "Tsit5", "tolerance": TOLERANCE},
+    }
+
+
+def density(trained: Trained, store: Store, extent: Any) -> tuple[np.ndarray, float]:
+    """exp(log p) on a square grid of cell centres, `[SIDE, SIDE]`, and its sum over the square."""
+    solve, grid = _log_prob_fn(trained), plotting.grid_points(extent, SIDE)
+    left, right, bottom, top = extent
+    found = store.get(
+        f"density_{SIDE}", lambda: {"log_prob": np.asarray(solve(grid, None, TOLERANCE).log_prob)}
+    )
+    p = np.exp(found["log_prob"].astype(np.float64)).reshape(SIDE, SIDE)
+    return p, float(p.mean() * (right - left) * (top - bottom))
+
+
+def quality(
+    trained: Trained, store: Store, points: Points, batch_size: int, seeds: tuple[int, ...]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """2-Wasserstein distance and MMD of as many samples as there are held-out points, by seed."""
+    solve, num = drawing.make_solve(trained), len(points.held_out)
+    way = drawing.Way("Tsit5", tolerance=TOLERANCE)
+    kernel = metrics.gaussian_kernel(0.5)
+
+    def condition(rows: np.ndarray) -> Any:
+        return jax.tree.map(lambda x: x[rows % num], points.conditions)
+
+    runs, w2, mmd = [], [], []
+    for seed in progress(seeds, "seeds"):
+        name, shape = f"seed_{seed}", (batch_size, *points.held_out.shape[1:])
+        key = keys.key(seed, "samples")
+        run = drawing.draw(solve, way, store, name, key, shape, num, condition)
+        w2.append(metrics.wasserstein2(run.x1, points.held_out))
+        mmd.append(metrics.kernel_distance(run.x1, points.held_out, kernel=kernel))
+        runs.append(run)
+    fresh = metrics.wasserstein2(points.another, points.held_out)
+    return {
+        "num_samples": num,
+        "seeds": list(seeds),
+        "wasserstein2": over_seeds(w2),
+        "wasserstein2_of_fresh_data": fresh,
+        "squared_mmd": errors_over_seeds(mmd) | {"kernel": "Gaussian, bandwidth 0.5"},
+        "sampler": str(way),
+        "begun_on": store.begun_on,
+        "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
+        "seconds": round(sum(run.seconds for run in runs), 1),
+    }, runs[0].x1
+
+
+def _log_prob_fn(trained: Trained) -> Any:
+    """`(x, condition, tolerance) -> LogProb`, replicated over the devices."""
+
+    @jax.jit
+    def solve(params: Any, x: jax.Array, condition: Any, tolerance: jax.Array) -> fm.LogProb:
+        controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)  # pyright: ignore
+        return fm.integrate_log_prob(
+            trained.velocity(params, condition), x, stepsize_controller=controller
+        )
+
+    def call(x: np.ndarray, condition: Any, tolerance: float) -> fm.LogProb:
+        replicated = sharding.replicated(sharding.make_mesh())
+        given = jax.device_put(jax.tree.map(jnp.asarray, (x, condition)), replicated)
+        return solve(trained.params, *given, tolerance)
+
+    return call

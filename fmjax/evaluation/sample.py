@@ -1,0 +1,175 @@
+"""Samples from a finished run: any number of them, and by class where the run knows classes.
+
+    fmjax sample runs/digits --num 64 --seed 5 --labels 3 --guidance 2
+
+Sample k depends on the parameters, the seed and k alone, to the solver's tolerance: whatever the
+number of samples, the batch size and the devices. Batches that are drawn are kept in the run
+folder, so that a command which was interrupted goes on where it was; a file is never overwritten.
+"""
+
+import dataclasses
+import pathlib
+import uuid
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from fmjax import plotting
+from fmjax.evaluation import drawing
+from fmjax.harness import keys
+from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.read import read
+from fmjax.harness.records import make_folder, write_whole
+from fmjax.harness.store import Arrays, Store, progress
+from fmjax.harness.task import Samples, Trained
+from fmjax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Draws from a finished run."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Run folder."""
+    num: int = 64
+    """Samples."""
+    seed: int = 0
+    """Seed of the noise."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, by turns; all of them without the flag. For a run with --conditional."""
+    guidance: float = 1.0
+    """Scale of the guidance; 1 is none. For a run with --conditional."""
+    solver: Literal["Euler", "Heun", "Midpoint", "Tsit5", "Dopri5"] = "Tsit5"
+    """Diffrax's solver of this name."""
+    num_steps: int | None = None
+    """Equal steps; without the flag steps are adaptive."""
+    tolerance: float = 1e-3
+    """Of adaptive steps, relative and absolute."""
+    average: bool = True
+    """Whether to take the moving average of the parameters, or the last ones."""
+    batch_size: int = 128
+    """Samples per solve, over all devices."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One picture of all, a folder of pictures, or an .npz file of arrays and labels."""
+    out: pathlib.Path | None = None
+    """The file or folder to write, which must not be there yet; else in RUN/drawn."""
+
+
+def main(config: Config) -> pathlib.Path:
+    _check(config)
+    out = _out(config)
+    trained = read(config.run, average=config.average, guidance=config.guidance)
+    samples = trained.task.samples
+    if samples is None:
+        raise ValueError(f"Samples need Task.samples; the task of {config.run} has none.")
+    _check_picture(config, samples)
+    wanted = _wanted(config, samples)
+    arrays = _draw(config, trained, samples, wanted)
+    labels = None if wanted is None else wanted[np.arange(config.num) % len(wanted)]
+    make_folder(out.parent)
+    if config.format == "npz":
+        kept = arrays | ({} if labels is None else {"labels": labels})
+        write_whole(out, lambda file: np.savez_compressed(file, **kept))  # pyright: ignore[reportArgumentType]
+    elif config.format == "png":
+        _save_each(out, samples, arrays, config.num)
+    else:
+        assert samples.picture is not None  # _check_picture
+        plotting.save(out, samples.picture(arrays, labels))
+    print(f"{config.num} samples in {out}")
+    return out
+
+
+def _save_each(out: pathlib.Path, samples: Samples, arrays: Arrays, num: int) -> None:
+    """A folder of pictures, which is there whole or not at all."""
+    assert samples.single is not None  # _check_picture
+    part = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")  # the rights are the user's own
+    part.mkdir()
+    for k in progress(range(num), "pictures"):
+        one = {name: array[k] for name, array in arrays.items()}
+        plotting.save(part / f"{k:06d}.png", samples.single(one))
+    part.rename(out)
+
+
+def _check(config: Config) -> None:
+    check_numbers(config, may_be_zero={"guidance", "seed", "labels"}, may_be_empty={"labels"})
+    check_seeds("seed", [config.seed])
+    sharding.check_batch_size(config.batch_size, jax.device_count())
+    if config.num_steps is None and config.solver not in drawing.ADAPTIVE:
+        raise ValueError(
+            f"--solver {config.solver} has no error estimate: give --num-steps, or one of "
+            f"{', '.join(drawing.ADAPTIVE)}."
+        )
+
+
+def _check_picture(config: Config, samples: Samples) -> None:
+    needed = {"grid": samples.picture, "png": samples.single}.get(config.format, True)
+    if needed is None:
+        raise ValueError(
+            f"--format {config.format} needs samples that can be shown as pictures; those of "
+            f"{config.run} can't. Take --format npz."
+        )
+
+
+def _out(config: Config) -> pathlib.Path:
+    suffix = {"grid": ".png", "png": "", "npz": ".npz"}[config.format]
+    names = ("seed", "labels", "guidance", "solver", "num_steps", "tolerance", "average", "num")
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    told = {n: getattr(config, n) for n in names if getattr(config, n) != usual[n] or n == "seed"}
+    told = {n: value if isinstance(value, tuple) else (value,) for n, value in told.items()}
+    words = [f"{n}_{'_'.join(map(str, values))}" for n, values in told.items()]
+    out = config.out or config.run / "drawn" / ("_".join(words) + suffix)
+    if out.exists():
+        raise ValueError(f"{out} is there and stays as it is. Give --out another name.")
+    if suffix and out.suffix != suffix:
+        raise ValueError(f"--out must end in {suffix} for --format {config.format}; got {out}.")
+    return out
+
+
+def _wanted(config: Config, samples: Samples) -> np.ndarray | None:
+    """The classes to draw, which samples take by turns."""
+    if samples.num_classes is None:
+        if config.labels:
+            raise ValueError(f"--labels needs a run with --conditional; {config.run} has none.")
+        return None
+    wanted = config.labels or tuple(range(samples.num_classes))
+    if max(wanted) >= samples.num_classes:
+        raise ValueError(
+            f"--labels must be in 0..{samples.num_classes - 1}, the classes of {config.run}; got "
+            f"{' '.join(map(str, wanted))}."
+        )
+    return np.array(wanted, np.int32)
+
+
+def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray | None) -> Arrays:
+    """The samples as the task keeps them, `[num, ...]` each."""
+    adaptive = None if config.num_steps else config.tolerance
+    way = drawing.Way(config.solver, num_steps=config.num_steps, tolerance=adaptive)
+    solve, mesh = drawing.make_solve(trained), sharding.make_mesh()
+    devices = jax.device_count()
+    size = min(config.batch_size, -(-config.num // devices) * devices)
+    settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
+    settings |= {"labels": list(config.labels), "guidance": config.guidance}
+    store = Store(config.run / "drawn", "batches", settings)
+
+    @jax.jit
+    def noise(key: jax.Array, rows: jax.Array) -> jax.Array:
+        def one(row: jax.Array) -> jax.Array:
+            return samples.source.sample(jax.random.fold_in(key, row), 1)[0]
+
+        return jax.vmap(one)(rows)
+
+    def condition(rows: np.ndarray) -> Any:
+        return trained.condition(rows) if wanted is None else wanted[rows % len(wanted)]
+
+    def batch(i: int) -> Arrays:
+        rows = np.arange(i * size, (i + 1) * size)
+        x0 = np.asarray(noise(keys.key(config.seed, "drawn"), rows))
+        x1, _ = solve(way, *sharding.shard_batch((x0, condition(rows)), mesh))
+        return samples.arrays(np.asarray(x1))
+
+    indices = progress(range(-(-config.num // size)), "batches")
+    found = [store.get(f"batch_{i:06d}", lambda i=i: batch(i)) for i in indices]
+    names = [name for name in found[0] if name != "seconds"]
+    return {name: np.concatenate([part[name] for part in found])[: config.num] for name in names}

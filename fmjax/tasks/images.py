@@ -1,0 +1,261 @@
+"""What image experiments share: their flags, their U-Net, and what is done with a trained one.
+
+Pixels are dequantised uniformly, in training and in evaluation, so that the likelihood is one of
+the discrete images: x = 2 (v + u) / num_levels - 1, u ~ U[0, 1).
+
+A conditional run tells the network the class of every image, but for a part of them, drawn one by
+one, for which it says "none": so it learns both branches of classifier-free guidance.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmjax as fm
+from fmjax import models, plotting, training
+from fmjax.data import pixels
+from fmjax.evaluation import images as evaluation
+from fmjax.evaluation.judging import RealImages
+from fmjax.harness.config import RunConfig, mesh
+from fmjax.harness.start import say
+from fmjax.harness.task import Init, Samples, Task
+from fmjax.models import cpu
+from fmjax.models import kernels as xla
+from fmjax.tasks import image_figures
+from fmjax.tasks.image_data import Images as Images
+from fmjax.tasks.image_data import Pictures as Pictures
+from fmjax.tasks.image_data import describe, load
+
+KERNELS = {"xla": xla.KERNELS, "cpu": cpu.KERNELS}
+PAID_BACK = 300  # steps, and fewer in every run whose compilation was measured
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net. Image sides must be divisible by 2^(levels - 1)."""
+
+    channels: int = 32
+    """Channels of the first level."""
+    channel_multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each level, as multiples; the image is halved between levels."""
+    num_res_blocks: int = 1
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = ()
+    """Image heights at which there is attention."""
+    num_heads: int = 1
+    """Attention heads, unless head_channels is given."""
+    head_channels: int | None = None
+    """Channels per attention head."""
+    dropout: float = 0.0
+    """Dropout rate in the residual blocks."""
+    scale_shift_norm: bool = False
+    """Whether time scales and shifts the normalised features, or is added to them."""
+    conv_resample: bool = True
+    """Whether to resample by convolutions, or by pooling and repetition."""
+    num_groups: int | None = None
+    """Groups of the normalisations; up to 32 with at least four channels in each without it."""
+    time_scale: float = 1000.0
+    """What times are multiplied by before their embedding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(RunConfig):
+    """The flags of an image experiment."""
+
+    dataset: str = "digits"
+    """scikit-learn's "digits", the TFDS name of an image data set, folder:PATH of pictures (in
+    folders by class or not), or npz:FILE of arrays `images` and `labels`."""
+    image_size: int | None = None
+    """Pictures of a folder become squares of so many pixels; without it all are of one size."""
+    data_dir: pathlib.Path | None = None
+    """Where TFDS data sets are; else TFDS_DATA_DIR, else TFDS's own default."""
+    train_split: str = "train"
+    """Images to train on, in TFDS's notation: train, train[:5000], ..."""
+    eval_split: str = "test"
+    """Held-out images for bits/dim."""
+    flip: bool = False
+    """Whether to mirror images left to right at random."""
+    model: UNetConfig = UNetConfig()
+    """The U-Net's size."""
+    conditional: bool = False
+    """Whether the network is told the class of an image."""
+    label_dropout: float = 0.1
+    """Share of the images whose class a conditional network isn't told in training."""
+    guidance: float = 1.0
+    """Scale of the guidance in drawing from a conditional network; 1 is none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's computation in training. Parameters, statistics and loss stay float32."""
+    remat: bool = False
+    """Whether the backward pass computes a block's activations again instead of keeping them."""
+    kernels: Literal["auto", "xla", "cpu"] = "auto"
+    """Convolutions and attention by XLA's kernels or those made for one CPU device, which compile
+    longer; auto takes the latter from 300 steps on, which pay that back."""
+    num_samples: int = 64
+    """Images to draw at the end; of a conditional network as many of each class as go into them.
+    0 for none."""
+    sample_tolerance: float = 1e-3
+    """Tolerance of Tsit5 in drawing."""
+    eval_examples: int = 256
+    """Held-out images for bits/dim, the first of the split; 0 for none."""
+    eval_batch_size: int = 64
+    """Images per likelihood solve."""
+    eval_probes: int = 1
+    """Hutchinson probes per image."""
+    eval_tolerance: float = 1e-3
+    """Tolerance of Tsit5 in the likelihood."""
+
+
+def open_images(config: ImageConfig) -> Pictures:
+    """The images that the flags name, and what they are.
+
+    Raises:
+      ValueError: for flags that can't work together; by what is read, as `data.load` does.
+    """
+    check_conditions(config)
+    return Pictures(config)
+
+
+def check_conditions(config: ImageConfig) -> None:
+    """Refuses flags of conditions that can't work, or that an unconditional run has no use for."""
+    if not 0 <= config.label_dropout <= 1:
+        raise ValueError(f"--label-dropout must be in [0, 1]; got {config.label_dropout}.")
+    if config.guidance != 1 and not config.conditional:
+        raise ValueError(
+            f"--guidance needs a network that knows classes; got {config.guidance} without "
+            "--conditional."
+        )
+    if config.guidance != 1 and not config.label_dropout:
+        raise ValueError(
+            f"--guidance other than 1 needs a network that was trained without classes too; got "
+            f"{config.guidance} and --label-dropout 0. 0.1 is usual."
+        )
+
+
+def choose_kernels(config: ImageConfig) -> Literal["xla", "cpu"]:
+    """The kernels to train with, as the flag says or as the break-even was measured."""
+    if config.kernels != "auto":
+        return config.kernels
+    devices = mesh(config).devices
+    one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+    return "cpu" if one_cpu and config.num_steps >= PAID_BACK else "xla"
+
+
+def make_unet(config: ImageConfig, num_classes: int) -> models.UNet:
+    """The U-Net that the flags describe, with the classes of its data if it is conditional."""
+    known = num_classes if config.conditional else None
+    kernels = KERNELS[choose_kernels(config)]
+    return models.UNet(**dataclasses.asdict(config.model), num_classes=known, kernels=kernels)
+
+
+def init_params(model: models.UNet, event_shape: tuple[int, ...], key: jax.Array) -> Any:
+    """The U-Net's first parameters."""
+    return model.init(key, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))
+
+
+def drop_labels(config: ImageConfig, key: jax.Array, labels: Any, num_classes: int) -> Any:
+    """The labels that the network is told: a part of them, drawn one by one, is "none"."""
+    if labels is None:  # of a network without classes
+        return None
+    return fm.drop_labels(key, labels, num_classes, config.label_dropout)
+
+
+def training_velocity(
+    config: ImageConfig, model: models.UNet, params: Any, key: jax.Array, labels: Any
+) -> fm.Velocity:
+    """The velocity as it is trained: with dropout, in the precision that the flags ask for."""
+    trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
+    return functools.partial(
+        trained.apply, params, labels=labels, deterministic=False, rngs={"dropout": key}
+    )
+
+
+def velocity_of(model: models.UNet, params: Any, labels: Any = None) -> fm.Velocity:
+    """The velocity under the labels `[batch]`; that of no class without them."""
+    apply = functools.partial(model.apply, params)
+    return apply if labels is None else functools.partial(apply, labels=labels)
+
+
+def make_task(
+    config: ImageConfig,
+    pictures: Pictures,
+    model: models.UNet,
+    init: Init,
+    step: training.TrainStep,
+) -> Task:
+    """The task of an image experiment, from what differs between them.
+
+    Args:
+      config: its flags.
+      pictures: from `open_images`.
+      model: from `make_unet`.
+      init: `key -> TrainState`.
+      step: `(state, key, Images) -> (state, metrics)`.
+    """
+    training_now = config.known is None
+    if training_now:
+        say(f"Training with the {choose_kernels(config)} kernels (--kernels {config.kernels}).")
+    # Solves in training take its kernels, which are compiled in part; others XLA's own.
+    fast = functools.partial(velocity_of, model)
+    plain = functools.partial(velocity_of, model.clone(kernels=xla.KERNELS))
+    return Task(
+        num_examples=pictures.facts["num_examples"],
+        batch=pictures.batch,
+        init=init,
+        step=step,
+        velocity=plain,
+        finish=functools.partial(image_figures.finish, pictures, fast),
+        evaluate=lambda trained, folder, flags: evaluation.evaluate(
+            real_images(config, pictures), trained, folder, flags
+        ),
+        preview=functools.partial(image_figures.preview, pictures, fast),
+        samples=_samples(config, pictures),
+        num_held_out=len(pictures.held_out.images) if training_now else 0,
+        held_out=pictures.held_out_batch,
+        data=lambda: describe(pictures.train),
+    )
+
+
+def real_images(config: ImageConfig, pictures: Pictures) -> RealImages:
+    """What a run was trained on, for those who judge its samples."""
+    return RealImages(
+        config.dataset,
+        config.data_name(),
+        config.train_split,
+        config.eval_split,
+        functools.partial(load, config),
+        pictures.facts["sha256"],
+    )
+
+
+def _samples(config: ImageConfig, pictures: Pictures) -> Samples:
+    num_classes, levels = pictures.num_classes, pictures.num_levels
+
+    def arrays(x1: np.ndarray) -> dict[str, np.ndarray]:
+        return {"images": np.asarray(pixels.quantize(jnp.asarray(x1), levels))}
+
+    def condition(rows: np.ndarray) -> np.ndarray:
+        return (rows % num_classes).astype(np.int32)
+
+    def picture(arrays: dict[str, np.ndarray], labels: Any) -> np.ndarray:
+        if labels is None:
+            return plotting.grid(arrays["images"], num_levels=levels)
+        classes = list(dict.fromkeys(np.asarray(labels).tolist()))
+        return plotting.by_class(arrays["images"], labels, levels, classes=classes)
+
+    def single(arrays: dict[str, np.ndarray]) -> np.ndarray:
+        return plotting.picture(arrays["images"], num_levels=levels)
+
+    return Samples(
+        fm.standard_normal(pictures.event_shape),
+        arrays,
+        condition if config.conditional else None,
+        num_classes if config.conditional and config.label_dropout else None,
+        num_classes if config.conditional else None,
+        picture,
+        single if pictures.event_shape[-1] in (1, 3) else None,
+    )
