@@ -1,0 +1,12 @@
+
+A picture is a uint8 array `[height, width, 3]`, whatever it shows. `save` writes it as PNG,
+`animation` several of one size as GIF, and a notebook shows it where
+`PIL.Image.fromarray(picture)` is the last line of a cell. Arrays go in, NumPy's or JAX's; nothing
+here looks at a run, a model or a device.
+"""
+
+from .grids import beside as beside
+from .grids import by_class as by_class
+from .grids import grid as grid
+from .pictures import picture as picture
+from .pictures import save as save
