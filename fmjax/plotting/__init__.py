@@ -5,8 +5,16 @@ A picture is a uint8 array `[height, width, 3]`, whatever it shows. `save` write
 here looks at a run, a model or a device.
 """
 
+from .curves import cost_curve as cost_curve
+from .curves import loss_curve as loss_curve
 from .grids import beside as beside
 from .grids import by_class as by_class
 from .grids import grid as grid
+from .panels import grid_points as grid_points
+from .panels import limits as limits
 from .pictures import picture as picture
 from .pictures import save as save
+from .planes import density as density
+from .planes import plane as plane
+from .planes import samples_and_density as samples_and_density
+from .planes import trajectories as trajectories
