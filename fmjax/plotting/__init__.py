@@ -1,3 +1,4 @@
+"""Pictures for notebooks and run folders: grids, curves, flows in the plane, animations.
 
 A picture is a uint8 array `[height, width, 3]`, whatever it shows. `save` writes it as PNG,
 `animation` several of one size as GIF, and a notebook shows it where
@@ -5,6 +6,9 @@ A picture is a uint8 array `[height, width, 3]`, whatever it shows. `save` write
 here looks at a run, a model or a device.
 """
 
+from .animations import animation as animation
+from .animations import image_frames as image_frames
+from .animations import plane_frames as plane_frames
 from .curves import cost_curve as cost_curve
 from .curves import loss_curve as loss_curve
 from .grids import beside as beside
