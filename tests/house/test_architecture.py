@@ -35,6 +35,7 @@ ARROWS = {
     "metrics": {"files", "weights"},
     "harness": {"data", "files", "training"},
     "tasks": {"harness", "training"},
+    "plotting": {"files"},
 }
 CORE = {"couplings", "guidance", "losses", "paths", "solve", "sources", "times", "types"}
 ARROWS["fmjax"] = CORE  # fmjax/__init__.py hands the core's names on and nothing else
