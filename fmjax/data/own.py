@@ -87,7 +87,7 @@ def load_folder(
                 rows[split_name] += list(those)
     labels = np.array(labels, np.int32)
     _check_classes(folder, names, labels, rows["train"])
-    chosen = _chosen(rows, split, seed)
+    chosen = splits.mixed(split, rows, seed)
     images = _read([files[row] for row in chosen], image_size, _all_grey(files))
     return ImageDataset(images, labels[chosen], len(names))
 
@@ -159,7 +159,7 @@ def load_npz(path: str | os.PathLike, split: str, *, seed: int = 0) -> ImageData
             for name, those in _hold_out(numbers, [f"{label}/{n}" for n in numbers], seed).items():
                 rows[name] += list(those)
     _check_classes(file, range(labels.max() + 1), labels, rows["train"])
-    chosen = _chosen(rows, split, seed)
+    chosen = splits.mixed(split, rows, seed)
     return ImageDataset(images[chosen], labels[chosen], int(labels.max()) + 1)
 
 
@@ -201,16 +201,6 @@ def _hold_out(numbers: np.ndarray, names: Sequence[str], seed: int) -> dict[str,
     if len(numbers) > 1 and not test.any():
         test = place == place.min()
     return {"train": numbers[~test], "test": numbers[test]}
-
-
-def _chosen(rows: dict[str, Any], split: str, seed: int) -> np.ndarray:
-    """The rows of a split in an order that mixes the classes, so that a slice has all of them."""
-    mixed = {
-        name: np.random.default_rng([seed, k]).permutation(np.array(those, np.int64))
-        for k, (name, those) in enumerate(rows.items())
-    }
-    slices = splits.slices(split, {name: len(those) for name, those in mixed.items()})
-    return np.concatenate([mixed[name][part.start : part.stop] for name, part in slices])
 
 
 def _check_classes(

@@ -1,7 +1,9 @@
 """TFDS's notation of splits, "train[:90%]+test", read without TFDS."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 
 def slices(split: str, lengths: Mapping[str, int]) -> list[tuple[str, range]]:
@@ -27,6 +29,22 @@ def slices(split: str, lengths: Mapping[str, int]) -> list[tuple[str, range]]:
             )
         found.append((name, range(start, stop)))
     return found
+
+
+def mixed(split: str, rows: Mapping[str, Sequence[int] | np.ndarray], seed: int) -> np.ndarray:
+    """The rows of a split in a fixed order that mixes them, so that a slice has some of all.
+
+    Args:
+      split: in TFDS's notation.
+      rows: the row numbers of each split.
+      seed: of the order.
+    """
+    order = {
+        name: np.random.default_rng([seed, k]).permutation(np.array(those, np.int64))
+        for k, (name, those) in enumerate(rows.items())
+    }
+    parts = slices(split, {name: len(those) for name, those in order.items()})
+    return np.concatenate([order[name][part.start : part.stop] for name, part in parts])
 
 
 def _bound(text: str | None, n: int, end: int) -> int:

@@ -30,6 +30,7 @@ ARROWS = {
     "solve": {"sources", "types"},
     "models": {"types"},
     "weights": {"files", "types"},
+    "inference": {"types"},
     "data": {"files", "types"},
     "training": {"files", "types"},
     "metrics": {"files", "weights"},
