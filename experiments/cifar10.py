@@ -49,13 +49,11 @@ def make_task(config: Config) -> harness.Task:
 
     def draw(key, batch):
         """All that is random in a step, over the global batch."""
-        key_flip, key_u, key_path = jax.random.split(key, 3)
-        key_x0, _, key_t = jax.random.split(key_path, 3)
+        key_flip, key_u, key_x0, key_t, key_label = jax.random.split(key, 5)
         shown = pixels.random_flip(key_flip, batch.images) if config.flip else batch.images
         x1 = pixels.dequantize(key_u, shown, pictures.num_levels)
         x0 = jax.random.normal(key_x0, x1.shape)
         t = fm.uniform(key_t, x1.shape[:1])
-        key_label = jax.random.fold_in(key, 3)
         labels = images.drop_labels(config, key_label, batch.labels, pictures.num_classes)
         return fm.sample_path(fm.cond_ot(), x0, x1, t), labels
 

@@ -42,12 +42,10 @@ def make_task(config: Config) -> harness.Task:
 
     def draw(key, batch):
         """All that is random in a step, over the global batch."""
-        _, key_u, key_path = jax.random.split(key, 3)
-        key_x0, key_pair, key_t = jax.random.split(key_path, 3)
+        key_u, key_x0, key_pair, key_t, key_label = jax.random.split(key, 5)
         x1 = pixels.dequantize(key_u, batch.images, digits.num_levels)
         x0 = coupling(key_pair, jax.random.normal(key_x0, x1.shape), x1)
         t = times(key_t, x1.shape[:1])
-        key_label = jax.random.fold_in(key, 3)
         labels = images.drop_labels(config, key_label, batch.labels, num_classes)
         return fm.sample_path(path, x0, x1, t), labels
 

@@ -172,9 +172,7 @@ def _folder(name: str, data_dir: str | os.PathLike | None) -> Path:
     return data_root(data_dir) / name / SOURCES[name].version
 
 
-def main(
-    argv: Sequence[str] | None = None, *, prog: str = "python -m fmjax.data.prepare"
-) -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m fmjax.data.prepare") -> None:
     """The command line: `python -m fmjax.data.prepare cifar10 --archives DIR --data-dir DIR`."""
     parser = argparse.ArgumentParser(prog=prog, description=prepare.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -11,12 +11,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from fmjax import plotting
 from fmjax.evaluation import drawing
 from fmjax.evaluation.protocol import Config
+from fmjax.harness import keys
 from fmjax.harness.store import Store, progress
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
@@ -51,7 +51,7 @@ def measure(
       standard errors say, which are those of the samples.
     """
     solve = drawing.make_solve(trained)
-    key = jax.random.fold_in(jax.random.key(seed), 2)
+    key = keys.key(seed, "curve")
 
     def samples(way: drawing.Way) -> drawing.Drawn:
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"

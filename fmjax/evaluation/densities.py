@@ -21,6 +21,7 @@ from scipy import special
 import fmjax as fm
 from fmjax import data
 from fmjax.data import dequantization
+from fmjax.harness import keys
 from fmjax.harness.store import Store, progress
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
@@ -72,7 +73,7 @@ def measure(
     log_weights = _log_weights_fn(how, trained)
     images, mesh = dataset.images, sharding.make_mesh()
     labels = dataset.labels if conditional else None
-    key = jax.random.fold_in(jax.random.key(seed), 0)
+    key = keys.key(seed, "likelihood")
 
     def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:
         rows = np.arange(start, start + how.batch_size) % len(images)  # a short one is filled up

@@ -7,7 +7,6 @@ those over splits of one seed's samples; over the seeds stand mean and standard 
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +14,7 @@ from fmjax.data import pixels
 from fmjax.evaluation import drawing
 from fmjax.evaluation.curve import errors_over_seeds
 from fmjax.evaluation.judging import Judge
+from fmjax.harness import keys
 from fmjax.harness.store import Store, progress
 from fmjax.harness.task import Trained
 
@@ -57,7 +57,7 @@ def measure(
 
     runs, figures = [], []
     for seed in progress(seeds, "seeds"):
-        key = jax.random.fold_in(jax.random.key(seed), 1)
+        key = keys.key(seed, "samples")
         name = f"seed_{seed}"
         run = drawing.draw(
             solve, way, drawn, name, key, shape, num_samples, trained.condition, levels

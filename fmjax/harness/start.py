@@ -79,10 +79,10 @@ def train(
     config = dataclasses.replace(config, workdir=config.workdir or _folder(name, config))
     task = make_task(config)
     check_num_examples(config, task.num_examples)
-    params, key_params = jax.eval_shape(task.init, jax.random.key(0)).params, _keys(config)[0]
+    params = jax.eval_shape(task.init, jax.random.key(0)).params
     first = _first_params(config, params)  # a size that can't work is refused before the folder
     with Run(name, config, _data_of(task), make_task) as run:
-        state = step.init_state(config, task.init, key_params)
+        state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
         _check_skipping(config, state)
         state = _begin_with(state, first)
         state = run.restore(state)
@@ -95,24 +95,17 @@ def train(
             task,
             state,
             steps,
-            _keys(config)[1],
+            keys.key(config.seed, "training"),
             preview=_preview(run, trained, state) if config.preview_every else None,
             on_metrics=on_metrics,
         )
         trained = dataclasses.replace(trained, step=int(state.step), params=state.ema_params)
         summary = {"experiment": name, "step": trained.step, "num_parameters": num_parameters}
         if task.finish is not None:
-            summary |= task.finish(trained, run.folder, _keys(config)[2])
+            summary |= task.finish(trained, run.folder, keys.key(config.seed, "finish"))
         summary |= {"examples_per_second": rate, "wall_seconds": round(run.seconds, 1)}
         run.finish(summary)
     return summary
-
-
-def _keys(config: RunConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the parameters, the training and what follows it."""
-    key = jax.random.key(config.seed)
-    key_params, key_train = jax.random.split(key, 2)
-    return key_params, key_train, key
 
 
 def _folder(name: str, config: RunConfig) -> pathlib.Path:

@@ -203,22 +203,19 @@ def from_loss(
       1
     """
 
-    def mean_loss(params: Any, key: jax.Array, drawn: Any) -> jax.Array:
+    def mean_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+        key_draw, key_loss = jax.random.split(key)
+        drawn = draw(key_draw, batch)
         shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(drawn)}
         if len(shapes) != 1 or () in shapes:
             raise ValueError(
                 "draw must return arrays that all begin with the axis of the batch; got "
                 f"{[kind(leaf) for leaf in jax.tree.leaves(drawn)]}."
             )
-        losses = loss(params, key, drawn)
+        losses = loss(params, key_loss, drawn)
         return jnp.mean(returned("loss", losses, shapes.pop(), "One number for each example."))
 
-    train_step = training.make_train_step(mean_loss, tx, ema_decay=ema_decay)
+    def init(key: jax.Array) -> training.TrainState:
+        return training.init_train_state(init_params(key), tx)
 
-    def step(
-        state: training.TrainState, key: jax.Array, batch: Any
-    ) -> tuple[training.TrainState, training.Metrics]:
-        key_draw, key_loss = jax.random.split(key)
-        return train_step(state, key_loss, draw(jax.random.fold_in(key_draw, state.step), batch))
-
-    return lambda key: training.init_train_state(init_params(key), tx), step
+    return init, training.make_train_step(mean_loss, tx, ema_decay=ema_decay)

@@ -35,7 +35,7 @@ def finish(
     key: jax.Array,
 ) -> dict[str, Any]:
     """Samples and bits/dim, each unless its flag is 0."""
-    _, _, key_x0, key_eval = jax.random.split(key, 4)
+    key_x0, key_eval = jax.random.split(key)
     figures, config = {}, trained.config
     if config.num_samples:
         figures |= save_samples(pictures, velocity_of, trained, folder, key_x0)

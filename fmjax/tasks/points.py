@@ -151,7 +151,7 @@ def finish(data: Data, trained: Trained, folder: pathlib.Path, key: jax.Array) -
     """Trajectories, the log-likelihood of held-out points, and in the plane the density."""
     config, figures = trained.config, {}
     if config.num_samples:
-        figures |= draw_samples(data, trained, folder, jax.random.split(key, 3)[2])
+        figures |= draw_samples(data, trained, folder, key)
     if config.eval_examples:
         log_p = log_likelihood(data, trained)
         figures |= {
