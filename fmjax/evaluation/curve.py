@@ -25,7 +25,7 @@ from fmjax.metrics import Estimate
 def measure(
     trained: Trained,
     store: Store,
-    shape: tuple[int, ...],
+    batch_size: int,
     num: int,
     points: Sequence[drawing.Way],
     quality: Callable[[np.ndarray], Estimate],
@@ -38,7 +38,7 @@ def measure(
     Args:
       trained: the model.
       store: where the samples of each point are kept.
-      shape: of a batch, `[batch, *event]`.
+      batch_size: samples per solve.
       num: samples per point.
       points: the ways to solve.
       quality: samples `[num, *event]` -> figure with its error, the lower the better.
@@ -50,13 +50,15 @@ def measure(
       "curve". All points share their noise: their differences are far better known than the
       standard errors say, which are those of the samples.
     """
-    solve = drawing.make_solve(trained)
+    solve, source = drawing.make_solve(trained), trained.source
     key = keys.key(seed, "curve")
 
     def samples(way: drawing.Way) -> drawing.Drawn:
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
         name = f"seed_{seed}_{way.solver}_{how}"
-        return drawing.draw(solve, way, store, name, key, shape, num, trained.condition)
+        return drawing.draw(
+            solve, way, store, name, key, source, batch_size, num, trained.condition
+        )
 
     exact = drawing.Way("Tsit5", tolerance=tight)
     x1 = samples(exact).x1
@@ -79,7 +81,6 @@ def draw(
     trained: Trained,
     folder: pathlib.Path,
     base: dict[str, Any],
-    event_shape: tuple[int, ...],
     quality: Callable[[np.ndarray], Estimate],
     label: str,
     tight: float,
@@ -90,7 +91,7 @@ def draw(
     rows = measure(
         trained,
         Store(folder, "curve", base),
-        (config.batch_size, *event_shape),
+        config.batch_size,
         config.curve_examples,
         drawing.ways(config.curve_evaluations, config.curve_tolerances),
         quality,

@@ -11,6 +11,7 @@ import fmjax as fm
 from fmjax.harness.progress import progress
 from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
+from fmjax.sources import Source
 from fmjax.training import sharding
 
 SOLVERS = {
@@ -89,7 +90,8 @@ def draw(
     store: Store,
     name: str,
     key: jax.Array,
-    shape: tuple[int, ...],
+    source: Source,
+    batch_size: int,
     num: int,
     condition: Callable[[np.ndarray], Any],
     finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
@@ -102,9 +104,10 @@ def draw(
       store: where the batches are kept.
       name: of these samples, unique in the store.
       key: of the noise; batch i draws from fold_in(key, i).
-      shape: of a batch, `[batch, *event]`.
+      source: where the flow begins.
+      batch_size: samples per solve.
       num: how many; the last batch is drawn in full and cut.
-      labels: the classes of samples by their numbers, `Trained.labels`.
+      condition: that of the samples of these numbers, `Trained.condition`.
       finish: what is done to a batch before it is stored, quantising for instance.
 
     Returns:
@@ -113,12 +116,12 @@ def draw(
     mesh = sharding.make_mesh()
 
     def batch(i: int) -> dict[str, np.ndarray]:
-        x0 = jax.random.normal(jax.random.fold_in(key, i), shape)
-        rows = np.arange(i * shape[0], (i + 1) * shape[0])
+        x0 = source.sample(jax.random.fold_in(key, i), batch_size)
+        rows = np.arange(i * batch_size, (i + 1) * batch_size)
         x1, evaluations = solve(way, *sharding.shard_batch((x0, condition(rows)), mesh))
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
-    indices = progress(range(-(-num // shape[0])), name, leave=False, disable=None)
+    indices = progress(range(-(-num // batch_size)), name, leave=False, disable=None)
     batches = [store.get(f"{name}_batch_{i:04d}", lambda i=i: batch(i)) for i in indices]
     return Drawn(
         x1=np.concatenate([batch["x1"] for batch in batches])[:num],

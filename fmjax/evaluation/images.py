@@ -30,13 +30,11 @@ def evaluate(
     """
     conditional = trained.condition(np.arange(1)) is not None
     held_out = protocol.first(images.load(images.eval_split), config.eval_examples)
-    event_shape = held_out.images.shape[1:]
     judge = judging.make_judge(config.judge, images, config.batch_size)
     judge.check_num_samples("--num-samples", config.num_samples)
     if config.curve_examples:
         judge.check_num_samples("--curve-examples", config.curve_examples)
     way = drawing.Way("Tsit5", tolerance=config.tolerance)
-    shape = (config.batch_size, *event_shape)
     base = protocol.identity(trained, config)
 
     how = likelihood_of(config, held_out)
@@ -60,7 +58,7 @@ def evaluate(
         folder,
         base | {"way": list(way)},
         way=way,
-        shape=shape,
+        batch_size=config.batch_size,
         num_levels=held_out.num_levels,
         num_samples=config.num_samples,
         seeds=config.seeds,
@@ -89,7 +87,7 @@ def evaluate(
 
     tight = min(config.curve_tolerances) / 10
     label = judge.record["distance"]
-    rows = curve.draw(config, trained, folder, base, event_shape, frechet, label, tight)
+    rows = curve.draw(config, trained, folder, base, frechet, label, tight)
     return result | {"curve": rows, "batches_computed": num_computed(folder)}
 
 

@@ -89,7 +89,7 @@ def evaluate(
         return metrics.jackknife(lambda z: metrics.wasserstein2(z[:, :dim], z[:, dim:]), both)
 
     label = "2-Wasserstein distance"
-    rows = curve.draw(config, trained, folder, base, (dim,), wasserstein2, label, tight=1e-6)
+    rows = curve.draw(config, trained, folder, base, wasserstein2, label, tight=1e-6)
     return result | {"curve": rows, "batches_computed": num_computed(folder)}
 
 
@@ -149,9 +149,9 @@ def quality(
 
     runs, w2, mmd = [], [], []
     for seed in progress(seeds, "seeds"):
-        name, shape = f"seed_{seed}", (batch_size, *points.held_out.shape[1:])
-        key = keys.key(seed, "samples")
-        run = drawing.draw(solve, way, store, name, key, shape, num, condition)
+        key, source = keys.key(seed, "samples"), trained.source
+        name = f"seed_{seed}"
+        run = drawing.draw(solve, way, store, name, key, source, batch_size, num, condition)
         w2.append(metrics.wasserstein2(run.x1, points.held_out))
         mmd.append(metrics.kernel_distance(run.x1, points.held_out, kernel=kernel))
         runs.append(run)

@@ -26,7 +26,7 @@ def measure(
     settings: dict[str, Any],
     *,
     way: drawing.Way,
-    shape: tuple[int, ...],
+    batch_size: int,
     num_levels: int,
     num_samples: int,
     seeds: tuple[int, ...],
@@ -39,7 +39,7 @@ def measure(
       folder: the evaluation's folder.
       settings: what the samples depend on besides.
       way: how they are drawn.
-      shape: of a batch, `[batch, height, width, channel]`.
+      batch_size: samples per solve.
       num_levels: pixel values.
       num_samples: per seed.
       seeds: of the noise.
@@ -60,9 +60,18 @@ def measure(
         key = keys.key(seed, "samples")
         name = f"seed_{seed}"
         run = drawing.draw(
-            solve, way, drawn, name, key, shape, num_samples, trained.condition, levels
+            solve,
+            way,
+            drawn,
+            name,
+            key,
+            trained.source,
+            batch_size,
+            num_samples,
+            trained.condition,
+            levels,
         )
-        features = encode_samples(judge, encoded, name, run.x1, shape[0])
+        features = encode_samples(judge, encoded, name, run.x1, batch_size)
         figures.append(judge.figures(features, trained.condition(np.arange(num_samples))))
         runs.append(run)
     return {
@@ -73,7 +82,7 @@ def measure(
         "begun_on": drawn.begun_on,
         "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
         "seconds": round(sum(run.seconds for run in runs), 1),
-    }, runs[0].x1[: shape[0]]
+    }, runs[0].x1[:batch_size]
 
 
 def encode_samples(

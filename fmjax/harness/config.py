@@ -23,13 +23,14 @@ FREE |= {"data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
 _MAY_BE_ZERO |= {"model.dropout", "cluster.process_id", "label_dropout", "guidance"}
+_MAY_BE_ZERO |= {"condition_dropout"}
 _MAY_BE_ZERO |= {
     "preview_every",
     "num_samples",
     "eval_examples",
     "frames",
 }  # zero switches these off
-_MAY_BE_EMPTY = frozenset({"model.attention_resolutions"})
+_MAY_BE_EMPTY = frozenset({"model.attention_resolutions", "columns", "condition"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ def train(
             done = dispatch.last == config.num_steps
             shown = preview is not None and _passes(dispatch, config.preview_every)
             if _passes(dispatch, config.checkpoint_every) or shown or done or stop:
-                watch.look(*pending, preview(state) if preview is not None and shown else None)
+                watch.look(*pending, watch.preview(preview, state) if shown else None)
                 pending = None
             if dispatch.last % config.checkpoint_every == 0 or done or stop:
                 watch.keep(dispatch.last)
@@ -148,9 +148,20 @@ class Watch:
         self._seconds_before = run.seconds
         self._seen, self._window = start, run.window(start)
         self._began = self._last = self.compiled = time.perf_counter()
-        self._warned = False
+        self._warned, self._resting, self._rested = False, 0.0, 0.0
         num, quiet = run.config.num_steps, not cluster.is_main()
         self.progress = progress(total=num, initial=start, unit="step", disable=quiet)
+
+    def preview(
+        self,
+        preview: Callable[[training.TrainState], dict[str, float]] | None,
+        state: training.TrainState,
+    ) -> dict[str, float]:
+        """What a preview says; its time is none of the training's."""
+        began = time.perf_counter()
+        shown = preview(state) if preview is not None else {}
+        self._resting += time.perf_counter() - began
+        return shown
 
     def look(
         self,
@@ -173,8 +184,10 @@ class Watch:
         wanted = {n for n in wanted if n % config.log_every == 0 or n == config.num_steps}
         wanted |= {dispatch.last} if shown else set()
         if wanted:  # the steps of one dispatch come back together and have one rate
-            rate = (dispatch.last - self._seen) * config.batch_size / max(now - self._last, 1e-9)
+            seconds = max(now - self._last - self._resting, 1e-9)
+            rate = (dispatch.last - self._seen) * config.batch_size / seconds
             self._last, self._seen = now, dispatch.last
+            self._rested, self._resting = self._rested + self._resting, 0.0
             self._run.seconds = self._seconds_before + now - self._began
         for index, step in enumerate(range(dispatch.first, dispatch.last + 1)):
             one = training.Metrics(*(_at(values, index) for values in metrics))
@@ -228,7 +241,7 @@ class Watch:
 
     def rate(self, num_steps: int) -> float | None:
         """Examples per second of the `num_steps` since `compiled`, or None where there are none."""
-        seconds = time.perf_counter() - self.compiled
+        seconds = time.perf_counter() - self.compiled - self._rested
         return num_steps * self._run.config.batch_size / seconds if num_steps > 0 else None
 
 

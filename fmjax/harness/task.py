@@ -132,6 +132,13 @@ class Trained:
         """The velocity under a condition, guided away from that of none."""
         return guided(self.task, params, condition, self.guidance)
 
+    @property
+    def source(self) -> Source:
+        """Where the flow begins."""
+        if self.task.samples is None:
+            raise ValueError(f"Samples need Task.samples; the task of {self.name} has none.")
+        return self.task.samples.source
+
     def condition(self, rows: np.ndarray) -> Any:
         """The conditions of the samples of these numbers; None for a task without conditions."""
         samples = self.task.samples

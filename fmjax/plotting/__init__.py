@@ -9,6 +9,7 @@ here looks at a run, a model or a device.
 from .animations import animation as animation
 from .animations import image_frames as image_frames
 from .animations import plane_frames as plane_frames
+from .corners import corner as corner
 from .curves import cost_curve as cost_curve
 from .curves import loss_curve as loss_curve
 from .grids import beside as beside

@@ -64,6 +64,8 @@ class Data(NamedTuple):
       null: the condition that stands for none.
       held_out_conditions: of the held-out points; None for none.
       log_scale: as in `Points`.
+      picture: `arrays -> picture`, of samples that are not drawn as a flow in the plane.
+      facts: what else a run folder keeps of the data, as JSON can hold it.
     """
 
     x1: np.ndarray
@@ -76,6 +78,8 @@ class Data(NamedTuple):
     null: Any = None
     held_out_conditions: Any = None
     log_scale: float = 0.0
+    picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+    facts: dict[str, Any] | None = None
 
 
 def make_mlp(config: PointConfig) -> models.MLP:
@@ -100,7 +104,6 @@ def make_task(
       velocity: `(params, condition) -> Velocity`.
     """
     in_the_plane = data.x1.shape[1] == 2
-    keep = data.arrays or (lambda x1: {"x": x1})
     return Task(
         num_examples=len(data.x1),
         batch=data.batch or (lambda rows: data.x1[rows]),
@@ -111,40 +114,51 @@ def make_task(
         evaluate=lambda trained, folder, flags: evaluation.evaluate(
             data.evaluated(), trained, folder, flags
         ),
-        preview=functools.partial(preview, data) if in_the_plane else None,
+        preview=functools.partial(preview, data) if in_the_plane or data.picture else None,
         samples=Samples(
             fm.standard_normal(data.x1.shape[1:]),
-            keep,
+            functools.partial(_arrays, data),
             data.condition,
             data.null,
-            picture=_picture if in_the_plane else None,
+            picture=_picture_of(data),
         ),
         num_held_out=len(data.held_out),
         held_out=data.held_out_batch or (lambda rows: data.held_out[rows]),
-        data=lambda: {
-            "num_examples": len(data.x1),
-            "event_shape": list(data.x1.shape[1:]),
-            "sha256": digests.hash_array(data.x1),
-        },
+        data=lambda: (
+            {
+                "num_examples": len(data.x1),
+                "event_shape": list(data.x1.shape[1:]),
+                "sha256": digests.hash_array(data.x1),
+            }
+            | (data.facts or {})
+        ),
     )
 
 
-def _picture(arrays: dict[str, np.ndarray], condition: Any) -> np.ndarray:
-    (x,) = arrays.values()
-    return plotting.trajectories(np.stack([x, x]))
+def _arrays(data: Data, x1: np.ndarray) -> dict[str, np.ndarray]:
+    return {"x": x1} if data.arrays is None else data.arrays(x1)
+
+
+def _picture_of(data: Data) -> Any:
+    """What draws samples: points in the plane, or the picture that the data bring."""
+    draw = data.picture
+    if draw is not None:
+        return lambda arrays, condition: draw(arrays)
+    if data.x1.shape[1] != 2:
+        return None
+    return lambda arrays, condition: plotting.trajectories(np.stack(2 * [*arrays.values()][:1]))
 
 
 def preview(data: Data, trained: Trained, key: jax.Array) -> np.ndarray:
-    """Ways of 500 points, in ten steps of Heun's."""
+    """Ways of 500 points, or where they end, in ten steps of Heun's."""
     rows = np.arange(500)
     x0 = np.asarray(jax.random.normal(key, (len(rows), *data.x1.shape[1:])))
     condition = None if data.condition is None else data.condition(rows)
     given = _spread(trained.config, (x0, condition))
-    return plotting.trajectories(
-        sharding.gathered(
-            _flow(trained.task.velocity, trained.params, *given, diffrax.Heun(), 10)
-        ).x
-    )
+    x = sharding.gathered(
+        _flow(trained.task.velocity, trained.params, *given, diffrax.Heun(), 10, 11)
+    ).x
+    return plotting.trajectories(x) if data.picture is None else data.picture(_arrays(data, x[-1]))
 
 
 def finish(data: Data, trained: Trained, folder: pathlib.Path, key: jax.Array) -> dict[str, Any]:
@@ -184,8 +198,12 @@ def draw_samples(
         "num_evaluations": int(trajectory.num_evaluations),
         "sampler": "Tsit5, tolerance 1e-5, EMA parameters",
     }
-    if shape != (2,) or condition is not None:
-        return figures
+    if shape != (2,) or condition is not None or data.picture is not None:
+        if data.picture is None:
+            return figures
+        if cluster.is_main():
+            plotting.save(path, data.picture(_arrays(data, trajectory.x[-1])))
+        return figures | {"samples": str(path.relative_to(folder))}
     shown = plotting.limits(data.held_out, trajectory.x)
     density = _densities(trained, shown, config.side, (1.0,))[0]
     densities = _densities(trained, shown, config.side // 3, trajectory.t) if config.frames else []
