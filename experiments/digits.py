@@ -19,7 +19,7 @@ from fmjax.tasks import choices, images
 
 @dataclasses.dataclass(frozen=True)
 class Config(images.ImageConfig, choices.Choices):
-    """Flow matching on scikit-learn's 8x8 digits."""
+    """Flow matching on scikit-learn's 8x8 digits, told which digit; --no-conditional is not."""
 
     num_steps: int = 800
     batch_size: int = 64
@@ -28,6 +28,9 @@ class Config(images.ImageConfig, choices.Choices):
     ema_decay: float = 0.99
     checkpoint_every: int = 400
     preview_every: int = 200
+    conditional: bool = True
+    guidance: float = 2.0
+    num_samples: int = 80
     model: images.UNetConfig = images.UNetConfig(
         channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,), head_channels=32
     )

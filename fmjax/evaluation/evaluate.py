@@ -34,7 +34,10 @@ def main(config: Config) -> dict[str, Any]:
         with lock(folder):
             result = (trained.task.evaluate or held_out_loss)(trained, folder, config)
             report.write(folder, result)
-    print(f"\n{report.table(result)}\nEvaluation folder  {folder}")
+    print(f"\n{report.table(result)}")
+    for line in result.get("larger_budget", []):
+        print(line)
+    print(f"\nEvaluation folder  {folder}")
     return result
 
 

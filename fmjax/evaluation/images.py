@@ -80,6 +80,7 @@ def evaluate(
         "batches_computed": num_computed(folder),
     }
     result["rows"] = report.rows_of_images(result)
+    result["larger_budget"] = report.budget_of_images(result, config.curve_examples)
     report.write(folder, result)  # the curve is the long part: the figures are on disk before it
 
     def frechet(x1: np.ndarray) -> Estimate:

@@ -33,7 +33,7 @@ class Config:
     """Examples per solve, over all devices. They share the adaptive step."""
     tolerance: float = 1e-3
     """Of Tsit5, relative and absolute, in samples and likelihoods of images. Of points 1e-5."""
-    num_samples: int = 1000
+    num_samples: int = 500
     """Samples per seed. Published figures want 50000. Of points: as many as are held out."""
     eval_examples: int = 256
     """Held-out images for bits/dim, the first of the run's --eval-split."""
@@ -51,8 +51,8 @@ class Config:
     """What the probes are drawn from."""
     judge: judging.JudgeConfig = judging.JudgeConfig()
     """What sample quality is measured with."""
-    curve_examples: int = 500
-    """Samples per point of the curve of quality against evaluations; 0 for no curve."""
+    curve_examples: int = 0
+    """Samples per point of the curve of quality against evaluations, 500 say; 0 for no curve."""
     curve_evaluations: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 200)
     """Evaluations of the solvers with equal steps."""
     curve_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)

@@ -35,6 +35,26 @@ def rows_of_points(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return _nats(result["likelihood"]) + _point_quality(result["quality"]) + _cost(result)
 
 
+def budget_of_images(result: dict[str, Any], curve_examples: int) -> list[str]:
+    """What more samples, images or time would buy, from the errors that were found."""
+    quality, bound = result["quality"], result["likelihood"]["bounds"][0]
+    fd, num = quality["frechet_distance"], quality["num_samples"]
+    error, images = bound["standard_error"], result["likelihood"]["num_images"]
+    lines = [
+        f"{quality['distance']}: its error of {fd['standard_error_of_one_seed']:.2g} halves with "
+        f"--num-samples {4 * num}, and its bias, which falls with their number, with "
+        f"{2 * num}; figures of other numbers can't be compared.",
+    ]
+    if error is not None:
+        lines.append(
+            f"Bits/dim: the error of {error:.2g} halves with --eval-examples {4 * images}, where "
+            "the split has so many."
+        )
+    if not curve_examples:
+        lines.append("Quality against cost, solver by solver: --curve-examples 500.")
+    return lines
+
+
 def _cost(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     likelihood, quality, protocol = result["likelihood"], result["quality"], result["protocol"]
     sampler = quality["sampler"]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from .pictures import BLUE, GREY, render
+from .pictures import BLUE, ORANGE, render
 
 MOST = 6  # columns that are drawn
 
@@ -21,7 +21,7 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str]) -> np.ndar
       names: of the columns, D of them.
 
     Returns:
-      A picture, uint8 `[height, width, 3]`, of the first six columns. The data are grey, the
+      A picture, uint8 `[height, width, 3]`, of the first six columns. The data are orange, the
       samples blue; all of the data's range is shown, samples beyond it are not.
 
     Raises:
@@ -48,8 +48,9 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str]) -> np.ndar
             if column == row:
                 _draw_column(axes, data[:, row], samples[:, row], ranges[row])
             else:
-                for x, colour in ((data, GREY), (samples, BLUE)):
-                    axes.scatter(x[:, column], x[:, row], s=2, color=colour, linewidths=0)
+                # As many of either, the data on top.
+                for x, colour in ((samples[: len(data)], BLUE), (data[: len(samples)], ORANGE)):
+                    axes.scatter(x[:, column], x[:, row], s=4, color=colour, linewidths=0)
                 axes.set_ylim(ranges[row])
             axes.set_xlabel(names[column] if row == num - 1 else "")
             axes.set_ylabel(names[row] if column == 0 and row else "")
@@ -62,7 +63,7 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str]) -> np.ndar
 def _draw_column(axes: Any, data: np.ndarray, samples: np.ndarray, shown: Any) -> None:
     edges = np.linspace(*shown, 41)
     look: dict[str, Any] = {"bins": edges, "density": True}
-    axes.hist(data, color=GREY, alpha=0.6, label="data", **look)
+    axes.hist(data, color=ORANGE, alpha=0.5, label="data", **look)
     axes.hist(samples, color=BLUE, histtype="step", linewidth=1.4, label="samples", **look)
     axes.set_yticks([])
 
