@@ -132,9 +132,12 @@ def plane_frames(
     points = draw_points(left, x[0])
     image = draw_density(right, densities[0], extent, highest=float(densities.max()))
     shown, frames = widened(extent, x), []
+    tidy(left, shown, titles[0])
     tidy(right, shown, "density")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # else it moves the panels a little with every drawing
     for title, now, p in zip(titles, x, densities, strict=True):
-        tidy(left, shown, title)
+        left.title.set_text(title)
         points.set_offsets(now)
         image.set_data(p)
         canvas.draw()

@@ -113,6 +113,8 @@ def test_frames_of_a_flow_hold_every_point_on_one_scale_of_colours(monkeypatch):
     assert left.get_title() == "samples, t = 1.00"
     np.testing.assert_allclose(left.collections[0].get_offsets(), x[-1])
     assert right.images[0].get_clim() == (0.0, densities.max())
+    edges = [np.flatnonzero((frame != 255).any(axis=-1).sum(axis=0) > 200) for frame in frames]
+    assert len(edges[0]) >= 4 and all(np.array_equal(edge, edges[0]) for edge in edges)
     # The density's middle grows darker, and the points come together.
     column, row = right.transData.transform([0.0, 0.0]).round().astype(int)
     middle = frames[:, 330 - row, column].astype(int).sum(axis=-1)
