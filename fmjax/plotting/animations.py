@@ -132,9 +132,12 @@ def plane_frames(
     points = draw_points(left, x[0])
     image = draw_density(right, densities[0], extent, highest=float(densities.max()))
     shown, frames = widened(extent, x), []
+    tidy(left, shown, titles[0])
     tidy(right, shown, "density")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # else it moves the panels a little with every drawing
     for title, now, p in zip(titles, x, densities, strict=True):
-        tidy(left, shown, title)
+        left.title.set_text(title)
         points.set_offsets(now)
         image.set_data(p)
         canvas.draw()
@@ -174,39 +177,22 @@ def image_frames(x: ArrayLike, num_levels: int = 256, columns: int | None = None
 
 
 def _with_one_palette(pictures: Sequence[np.ndarray]) -> list[Image.Image]:
-    """Every pixel in the nearest colour of the frames' palette."""
-    palette = _palette(pictures)
+    """Every pixel in the nearest of 256 colours: a median cut of about 16 of the frames."""
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, 16).round().astype(int))
+    together = Image.fromarray(np.concatenate([pictures[i] for i in chosen]))
+    cut = together.quantize(256, dither=Image.Dither.NONE).getpalette() or []
+    palette = np.reshape(cut, (-1, 3))
     tree, frames = spatial.KDTree(palette), []
     for picture in pictures:
-        # Pillow's own search is by a coarse table, and would leave white a little grey.
-        colours, which = np.unique(_packed(picture), return_inverse=True)
-        nearest = np.asarray(tree.query(_unpacked(colours))[1], np.uint8)
+        # Pillow's own search goes through a coarse table, which makes white a little grey.
+        red, green, blue = picture.reshape(-1, 3).T.astype(np.int32)
+        packed, which = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
+        colours = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)
+        nearest = np.asarray(tree.query(colours)[1], np.uint8)
         frame = Image.fromarray(nearest[which].reshape(picture.shape[:2]))
         frame.putpalette(palette.ravel().tolist())
         frames.append(frame)
     return frames
-
-
-def _palette(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """256 colours `[256, 3]`: a median cut of about 16 frames, and the commonest colour as it is.
-
-    That is the background as a rule, of which the cut takes a mean with its neighbours.
-    """
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, 16).round().astype(int))
-    together = np.concatenate([pictures[i] for i in chosen])
-    colours, counts = np.unique(_packed(together), return_counts=True)
-    cut = Image.fromarray(together).quantize(255, dither=Image.Dither.NONE).getpalette() or []
-    return np.concatenate([np.reshape(cut, (-1, 3)), _unpacked(colours[[counts.argmax()]])])
-
-
-def _packed(picture: np.ndarray) -> np.ndarray:
-    """Colours as one number each, `[num_pixels]`."""
-    red, green, blue = picture.reshape(-1, 3).T.astype(np.int32)
-    return red << 16 | green << 8 | blue
-
-
-def _unpacked(colours: np.ndarray) -> np.ndarray:
-    return np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.uint8)
 
 
 def _titles(t: ArrayLike | None, num_times: int) -> list[str]:

@@ -54,6 +54,16 @@ def test_frames_of_many_colours_keep_their_background_and_are_close(tmp_path):
         assert np.abs(back.astype(int) - frame).max() <= 8
 
 
+def test_the_background_is_no_mean_with_colours_near_it(tmp_path):
+    frames = np.full((2, 60, 60, 3), 255, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 30, 60, 3))
+    noise[:, :10] = 240 + noise[:, :10] // 17  # almost white
+    frames[:, :30] = noise
+    plotting.animation(frames, tmp_path / "a.gif")
+    for _, back in read(tmp_path / "a.gif")[1]:
+        assert (back[30:] == 255).all()
+
+
 def test_a_single_frame_and_frames_that_stand_still(tmp_path):
     plotting.animation(squares(1), tmp_path / "a.gif", hold=3.0)
     assert Image.open(tmp_path / "a.gif").size == (32, 32)
@@ -103,6 +113,8 @@ def test_frames_of_a_flow_hold_every_point_on_one_scale_of_colours(monkeypatch):
     assert left.get_title() == "samples, t = 1.00"
     np.testing.assert_allclose(left.collections[0].get_offsets(), x[-1])
     assert right.images[0].get_clim() == (0.0, densities.max())
+    edges = [np.flatnonzero((frame != 255).any(axis=-1).sum(axis=0) > 200) for frame in frames]
+    assert len(edges[0]) >= 4 and all(np.array_equal(edge, edges[0]) for edge in edges)
     # The density's middle grows darker, and the points come together.
     column, row = right.transData.transform([0.0, 0.0]).round().astype(int)
     middle = frames[:, 330 - row, column].astype(int).sum(axis=-1)
