@@ -4,6 +4,7 @@ In the plane the density is drawn on a grid too, where it must sum to one.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -31,7 +32,8 @@ class Points(NamedTuple):
 
     Attributes:
       held_out: for the log-likelihood and as what samples are compared with, `[num, D]`.
-      another: an independent set of the same size: its distance is what a perfect model has.
+      fresh: `k -> [num, D]`, independent sets of the same size, one for each seed: their distance
+        is what a perfect model has. None from where there is no other.
       conditions: of the held-out points, `[num, ...]`, which samples are drawn under too, so that
         the k-th sample has the k-th point's; None for a model without.
       log_scale: what log-densities are lowered by to be those of other units, the sum of the
@@ -39,7 +41,7 @@ class Points(NamedTuple):
     """
 
     held_out: np.ndarray
-    another: np.ndarray
+    fresh: Callable[[int], np.ndarray | None]
     conditions: Any = None
     log_scale: float = 0.0
 
@@ -155,12 +157,13 @@ def quality(
         w2.append(metrics.wasserstein2(run.x1, points.held_out))
         mmd.append(metrics.kernel_distance(run.x1, points.held_out, kernel=kernel))
         runs.append(run)
-    fresh = metrics.wasserstein2(points.another, points.held_out)
+    sets = [points.fresh(k) for k in range(len(seeds))]
+    fresh = [metrics.wasserstein2(x, points.held_out) for x in sets if x is not None]
     return {
         "num_samples": num,
         "seeds": list(seeds),
         "wasserstein2": over_seeds(w2),
-        "wasserstein2_of_fresh_data": fresh,
+        "wasserstein2_of_fresh_data": over_seeds(fresh),
         "squared_mmd": errors_over_seeds(mmd) | {"kernel": "Gaussian, bandwidth 0.5"},
         "sampler": str(way),
         "begun_on": store.begun_on,

@@ -139,7 +139,7 @@ def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _point_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     how = f"{quality['num_samples']} samples x {len(quality['seeds'])} seeds, held-out points"
-    floor = f"{how}; fresh data: {quality['wasserstein2_of_fresh_data']:.4f}"
+    floor = f"{how}; fresh data: {_over_seeds(quality['wasserstein2_of_fresh_data'])}"
     mmd = quality["squared_mmd"]
     return [
         ("2-Wasserstein distance", _over_seeds(quality["wasserstein2"]), floor),

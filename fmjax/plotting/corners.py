@@ -60,8 +60,10 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str]) -> np.ndar
     return render(figure)
 
 
-def _draw_column(axes: Any, data: np.ndarray, samples: np.ndarray, shown: Any) -> None:
-    edges = np.linspace(*shown, 41)
+def _draw_column(
+    axes: Any, data: np.ndarray, samples: np.ndarray, shown: tuple[float, float]
+) -> None:
+    edges = np.linspace(shown[0], shown[1], 41)
     look: dict[str, Any] = {"bins": edges, "density": True}
     axes.hist(data, color=ORANGE, alpha=0.5, label="data", **look)
     axes.hist(samples, color=BLUE, histtype="step", linewidth=1.4, label="samples", **look)

@@ -42,7 +42,7 @@ class PointConfig(RunConfig):
     eval_examples: int = 4096
     """Held-out points for the log-likelihood, the first; 0 for none."""
     side: int = 160
-    """Cells on a side of the density that is drawn; the animation's has a third as many."""
+    """Cells on a side of the density that is drawn; the animation's has half as many."""
     frames: int = 16
     """Pictures of the animation, evenly in t; 0 for none."""
     cpu_threads: int | None = 1
@@ -204,13 +204,13 @@ def draw_samples(
         if cluster.is_main():
             plotting.save(path, data.picture(_arrays(data, trajectory.x[-1])))
         return figures | {"samples": str(path.relative_to(folder))}
-    shown = plotting.limits(data.held_out, trajectory.x)
-    density = _densities(trained, shown, config.side, (1.0,))[0]
-    densities = _densities(trained, shown, config.side // 3, trajectory.t) if config.frames else []
+    near, far = plotting.limits(data.held_out, margin=0.1), plotting.limits(trajectory.x)
+    density = _densities(trained, near, config.side, (1.0,))[0]
+    densities = _densities(trained, far, config.side // 2, trajectory.t) if config.frames else []
     if cluster.is_main():
-        plotting.save(path, plotting.plane(data.held_out[:4000], trajectory.x, density, shown))
+        plotting.save(path, plotting.plane(data.held_out[:4000], trajectory.x, density, near))
     if cluster.is_main() and config.frames:
-        pictures = plotting.plane_frames(trajectory.x, densities, shown, t=trajectory.t)
+        pictures = plotting.plane_frames(trajectory.x, densities, far, t=trajectory.t)
         plotting.animation(pictures, path.with_suffix(".gif"))
     return figures | {"samples": str(path.relative_to(folder))}
 
