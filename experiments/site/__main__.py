@@ -39,14 +39,14 @@ def main(config: Config) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         num_modules = reference.write(config.out / "api")
-        num_notebooks = notebooks.write(config.out, render, execute=config.execute)
-        num_pages = pages.write(config.out, render)
+        linked = notebooks.write(config.out, render, execute=config.execute)
+        num_pages = pages.write(config.out, render, linked)
     style = (reference.TEMPLATES / "style.css").read_text()
     (config.out / "style.css").write_text(style + formatters.HtmlFormatter().get_style_defs())
     if dead := links.dead_links(config.out):
         raise ValueError(f"The site has {len(dead)} dead links:\n" + "\n".join(dead))
     print(
-        f"{config.out}: {num_pages} pages of the repository, {num_notebooks} notebooks and "
+        f"{config.out}: {num_pages} pages of the repository, {len(notebooks.paths())} notebooks, "
         f"{num_modules} modules; no dead link"
     )
 

@@ -49,12 +49,13 @@ class Page(NamedTuple):
 Render = Callable[..., str]  # (template, root, **context) -> a whole page
 
 
-def write(out: pathlib.Path, render: Render) -> int:
+def write(out: pathlib.Path, render: Render, others: Sequence[pathlib.Path] = ()) -> int:
     """Writes the front page and all that can be reached from it by links.
 
     Args:
       out: folder of the site.
       render: puts a body into the site's frame.
+      others: files that other pages link to.
 
     Returns:
       The number of pages.
@@ -62,10 +63,10 @@ def write(out: pathlib.Path, render: Render) -> int:
     Raises:
       ValueError: if a link leads nowhere, naming page and link.
     """
-    todo, done = [ROOT / "README.md"], set()
+    todo, done = [ROOT / "README.md", *others], set()
     while todo:
         path = todo.pop()
-        if path in done:
+        if path in done or path.suffix == ".ipynb":  # `notebooks` writes these
             continue
         done.add(path)
         place = out / location(path)
@@ -74,7 +75,7 @@ def write(out: pathlib.Path, render: Render) -> int:
             shutil.copyfile(path, place)
         elif path.suffix == ".md":
             page = read_markdown(path)
-            todo += [link for link in page.links if link.suffix != ".ipynb"]
+            todo += page.links
             title = next((h.text for h in page.headings if h.level == 1), path.stem)
             place.write_text(
                 render(place.relative_to(out), title=title, body=page.body, headings=page.headings)

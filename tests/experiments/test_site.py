@@ -110,7 +110,9 @@ def test_the_site_builds(tmp_path, capsys):
             assert f"#{name}" in api, name
     assert "Alias for field" not in (root / "api/fmjax/types.html").read_text()
     for path in ROOT.glob("experiments/notebooks/*.ipynb"):
-        assert "data:image/png" in (root / "notebooks" / f"{path.stem}.html").read_text()
+        page = (root / "notebooks" / f"{path.stem}.html").read_text()
+        assert page.count("data:image/png") == path.read_text().count('"image/png":'), path
+        assert f'href="{path.stem}.html"' in (root / "notebooks/index.html").read_text()
     front = (root / "index.html").read_text()
     assert 'src="experiments/benchmarks/results/cifar10.png"' in front
 
