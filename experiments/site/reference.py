@@ -19,6 +19,7 @@ import pdoc
 import pdoc.doc
 import pdoc.render
 import pdoc.render_helpers
+import pdoc.search
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 # What jax.typing.DTypeLike is spelt out as, perhaps with None.
@@ -38,6 +39,8 @@ def configure() -> None:
     pdoc.render.configure(docformat="google", template_directory=TEMPLATES)
     pdoc.render.env.globals |= {f.__name__: f for f in (names, rooms, is_shown, is_stock)}
     pdoc.render.env.filters |= {f.__name__: f for f in (format_signature, in_public)}
+    # The search index takes no filter.
+    pdoc.search.format_signature = format_signature  # pyright: ignore[reportPrivateImportUsage]
 
 
 def write(out: pathlib.Path) -> int:
