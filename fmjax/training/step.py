@@ -69,6 +69,7 @@ class LossFn(Protocol):
 
 
 TrainStep = Callable[[TrainState, jax.Array, Any], tuple[TrainState, Metrics]]
+"""`(state, key, batch) -> (state, metrics)`, what `make_train_step` and `many_steps` return."""
 
 
 def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainState:

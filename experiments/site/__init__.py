@@ -1,0 +1,1 @@
+"""The static site: README as the front page, the notebooks, and the API from the docstrings."""
