@@ -118,6 +118,7 @@ def train(
             pending = (dispatch, metrics, batches)
             if count == 0:
                 jax.block_until_ready(metrics)
+                run.begun = True  # from here on the folder is worth keeping
                 watch.compiled, first_end = time.perf_counter(), dispatch.last
             stop = preemption.reached(count)
             done = dispatch.last == config.num_steps

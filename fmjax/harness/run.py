@@ -131,7 +131,7 @@ class Run:
 
     def _kept(self) -> str:
         """What a run that can't go on leaves to the next start."""
-        folders = (self.folder / "checkpoints").iterdir()
+        folders = (self.folder / "checkpoints").glob("*")  # none where the folder is gone again
         steps = [int(path.name) for path in folders if path.name.isdigit()]
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
