@@ -14,8 +14,8 @@ from oracles import GaussianFlow, jit
 from scipy import stats
 
 import fmjax as fm
-from experiments import densities
 from fmjax.data import dequantization, pixels
+from fmjax.evaluation import densities
 
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 3)

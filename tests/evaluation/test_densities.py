@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from made_runs import known
 from test_dequantization import diagonal_trace, exact_bits, images_and_flow
 
 import fmjax as fm
-from experiments import densities, trained
 from fmjax import data
 from fmjax.data import dequantization
+from fmjax.evaluation import densities
 from fmjax.harness import store
 from fmjax.metrics import Estimate
 
@@ -24,10 +25,10 @@ def measure(folder, images, velocity, divergence, num_draws, name="exact"):
         batch_size=64,
         settings=SETTINGS | {"divergence": name},
     )
-    known = lambda params, labels: velocity  # noqa: E731
-    model = trained.Trained("known", None, 0, {}, known, known, None, "", True)  # pyright: ignore
     dataset = data.ImageDataset(np.asarray(images), np.zeros(len(images), np.int32), 1)
-    return densities.measure(how, model, dataset, store.Store(folder, "log_prob", how.settings), 0)
+    batches = store.Store(folder, "log_prob", how.settings)
+    model = known(lambda params, condition: velocity)
+    return densities.measure(how, model, dataset, batches, 0, conditional=False)
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from flax import traverse_util
 from oracles import jit
 from scipy import special
 
-from experiments import classifier, encoder
-from experiments.classifier import Classifier
-from experiments.encoder import Config, load_encoder
 from fmjax import data
+from fmjax.evaluation import classifier, encoder
+from fmjax.evaluation.classifier import Classifier
+from fmjax.evaluation.encoder import Config, load_encoder
 
 TEST = data.load_digits("test")
 IMAGES = TEST.images[:9]
@@ -151,7 +151,7 @@ def test_other_images_are_refused(folder):
 
 
 def test_a_missing_folder_or_file_comes_with_the_command(copy, tmp_path):
-    command = "python -m experiments.encoder --dataset"
+    command = "python -m fmjax.evaluation.encoder --dataset"
     with pytest.raises(
         FileNotFoundError, match=f"encoder.json is not there. Make one by {command}"
     ):

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import reference
-from experiments.reference import encode, load, load_or_compute
+from fmjax.evaluation import reference
+from fmjax.evaluation.reference import encode, load, load_or_compute
 from fmjax.harness.records import write_whole
 from fmjax.metrics.encoders import Encoder
 

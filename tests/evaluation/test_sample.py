@@ -13,11 +13,14 @@ from made_runs import untrained
 from PIL import Image
 
 import fmjax as fm
-from experiments import digits, export, sample, trained, two_moons
-from experiments.images import UNetConfig
+from experiments import digits, two_moons
 from fmjax import models, weights
 from fmjax.data import pixels
-from fmjax.harness import store
+from fmjax.evaluation import export, sample
+from fmjax.harness import keys, store
+from fmjax.harness.read import read
+from fmjax.tasks.images import UNetConfig
+from fmjax.tasks.points import MLPConfig
 
 pytestmark = pytest.mark.slow  # all draw from runs
 UNET = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
@@ -27,12 +30,12 @@ UNET = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
 def runs(tmp_path_factory):
     """A conditional run of digits, a plain one and one of two moons."""
     folder = tmp_path_factory.mktemp("runs")
-    config = digits.Config(workdir=folder / "known", model=UNET, conditional=True)
-    untrained(config, (8, 8, 1), "digits")
+    config = digits.Config(workdir=folder / "known", model=UNET, conditional=True, guidance=1.0)
+    untrained(config, digits.make_task)
     plain = dataclasses.replace(config, workdir=folder / "plain", conditional=False)
-    untrained(plain, (8, 8, 1), "digits")
-    mlp = two_moons.MLPConfig(features=(8,))
-    untrained(two_moons.Config(workdir=folder / "moons", model=mlp), (2,), "two_moons")
+    untrained(plain, digits.make_task)
+    moons = two_moons.Config(workdir=folder / "moons", model=MLPConfig(features=(8,)))
+    untrained(moons, two_moons.make_task)
     return folder
 
 
@@ -54,10 +57,10 @@ def test_sample_k_is_of_the_seed_and_k_alone(runs, tmp_path):
         near = np.abs(other["images"].astype(int) - first["images"][:num]) == 0
         assert near.mean() > 0.999  # rounding crosses a level once in a while
 
-    model = trained.load(runs / "known", (8, 8, 1), num_classes=10)
+    model = read(runs / "known")
     network = models.UNet(**dataclasses.asdict(UNET), num_classes=10)
-    keys = [jax.random.fold_in(jax.random.key(5), k) for k in range(20)]
-    x0 = jnp.stack([jax.random.normal(key, (8, 8, 1)) for key in keys])
+    noise = [jax.random.fold_in(keys.key(5, "drawn"), k) for k in range(20)]
+    x0 = jnp.stack([jax.random.normal(key, (8, 8, 1)) for key in noise])
     apply = functools.partial(network.apply, model.params)
     guided = fm.classifier_free_guidance(
         lambda t, x: apply(t, x, jnp.array([3, 7] * 10)), lambda t, x: apply(t, x), 3.0
@@ -76,6 +79,18 @@ def test_a_stored_batch_serves_a_larger_number(runs, tmp_path):
     fresh = drawn(runs / "known", tmp_path, "fresh", num=20, batch_size=24, **flags)
     np.testing.assert_array_equal(many["labels"], fresh["labels"])
     assert (many["images"] == fresh["images"]).mean() > 0.999
+
+
+def test_points_are_drawn_too(runs, tmp_path):
+    """As arrays and as a picture, from the noise of the same keys."""
+    x = drawn(runs / "moons", tmp_path, "a", seed=3)["x"]
+    noise = [jax.random.fold_in(keys.key(3, "drawn"), k) for k in range(20)]
+    x0 = jnp.stack([jax.random.normal(key, (2,)) for key in noise])
+    apply = functools.partial(models.MLP(features=(8,)).apply, read(runs / "moons").params)
+    want = jax.jit(lambda x0: fm.sample(apply, x0, solver=diffrax.Heun(), num_steps=4))(x0)
+    np.testing.assert_allclose(x, want, atol=1e-5)
+    picture = sample.main(sample.Config(runs / "moons", num=16, batch_size=8, num_steps=1))
+    assert np.asarray(Image.open(picture)).std() > 1
 
 
 def test_an_interrupted_command_goes_on(runs, tmp_path, monkeypatch):
@@ -110,10 +125,10 @@ def test_a_grid_and_single_pictures(runs):
         ("known", {"labels": (3, 10)}, r"--labels must be in 0..9, .*got 3 10"),
         ("known", {"labels": (-1,)}, "--labels must be zero or more"),
         ("plain", {"labels": (3,)}, "--labels needs a run with --conditional"),
-        ("plain", {"guidance": 2.0}, "--guidance needs a run that was trained with --conditional"),
+        ("plain", {"guidance": 2.0}, "--guidance needs a run that was trained with conditions"),
         ("known", {"solver": "Euler", "num_steps": None}, "--solver Euler has no error estimate"),
         ("known", {"num": 0}, "--num must be positive"),
-        ("moons", {}, "RUN must be the folder of an image run"),
+        ("moons", {"format": "png"}, "--format png needs samples that can be shown as pictures"),
         ("nowhere", {}, "which does not exist"),
     ],
 )
@@ -130,11 +145,11 @@ def test_a_run_as_one_file(runs, tmp_path):
         file = tmp_path / f"{name}.safetensors"
         export.main(export.Config(runs / name, file))
         params, record = weights.load_safetensors(file)
-        model = trained.load(runs / name, tuple(shape), num_classes=10)
+        model = read(runs / name)
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(model.params), strict=True):
             np.testing.assert_array_equal(a, b)
         assert record["parameters_sha256"] == model.digest and record["step"] == 30
-        assert record["event_shape"] == shape and record["num_classes"] == classes
+        assert record["data"]["event_shape"] == shape and record["num_classes"] == classes
         flags = json.loads((runs / name / "config.json").read_text())["config"]
         assert record["config"] == flags
     network = models.UNet(**dataclasses.asdict(UNET), num_classes=10)

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from made_runs import known
 
-from experiments import curve, drawing, judging, quality, trained
+import fmjax as fm
+from fmjax.evaluation import curve, drawing, judging, quality
 from fmjax.harness import store
+from fmjax.harness.task import Samples
 from fmjax.metrics import Estimate
 from fmjax.metrics.encoders import Encoder
 
@@ -23,15 +26,15 @@ def test_ways():
 def test_the_curve_of_another_seed_is_another(tmp_path):
     """In one store: equal seeds read what is there, another seed's noise is not taken for it."""
 
-    def decay(params, labels):
+    def decay(params, condition):
         return lambda t, x: -x
 
-    model = trained.Trained("known", None, 0, {}, decay, decay, None, "", True)  # pyright: ignore
+    model = known(decay, Samples(fm.standard_normal((2,)), lambda x1: {"x": x1}))
     points = drawing.ways((4,), (0.1,))
 
     def measure(seed):
         return curve.measure(
-            model, store.Store(tmp_path, "curve", {}), (8, 2), 12, points,
+            model, store.Store(tmp_path, "curve", {}), 8, 12, points,
             lambda x1: Estimate(float(x1.mean()), 0.0), seed=seed, tight=1e-4,
         )  # fmt: skip
 

@@ -12,10 +12,12 @@ import pytest
 from commands import Config, end, one_line
 
 import fmjax as fm
-from experiments import digits, encoder, evaluate, export, toy_table, two_moons
-from fmjax.harness import command
+from experiments import digits, toy_table, two_moons
+from fmjax.evaluation import encoder, evaluate, export
+from fmjax.harness import command, train
 from fmjax.harness.cluster import ProcessZeroError
 from fmjax.harness.run import Run
+from fmjax.tasks.points import MLPConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,6 +29,13 @@ def raising(error):
     return main
 
 
+def main_of(module):
+    """What a command does with its flags; of an experiment, what `harness.main` does."""
+    if hasattr(module, "make_task"):
+        return lambda config: train(config, module.make_task)
+    return module.main
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "said"),
     [
@@ -34,7 +43,7 @@ def raising(error):
         (two_moons, "--model.features", "--model.features must have at least one value"),
         (two_moons, "--num-steps -3", "--num-steps must be positive; got -3."),
         (two_moons, "--learning-rate nan", "--learning-rate must be positive; got nan."),
-        (two_moons, "--seed 4294967296", "--seed must be in 0..1073741823; got 4294967296."),
+        (two_moons, "--seed 4294967296", "--seed must be in 0..4294967295; got 4294967296."),
         (two_moons, "--seed 3 --num-steps 2 --seed=4", "given once; got --seed twice in: --seed 3"),
         (digits, "--flip --no-flip", "given once; got --flip twice"),
         (digits, "--model.conv-resample --model.no-conv-resample", "--model.conv-resample twice"),
@@ -43,12 +52,12 @@ def raising(error):
         (digits, "--model.num-heads 0", "--model.num-heads must be positive; got 0."),
         (digits, "--model.channel-multipliers 1 1 1 1 1", "must be divisible by 16"),
         (digits, "--workdir /dev/null/run", "/dev/null/run: Not a directory"),
-        (evaluate, "--run runs/a --seeds 1", "python -m experiments.evaluate runs/a --seeds 1"),
-        (evaluate, "--seeds 1 2 --run=runs/a", "python -m experiments.evaluate runs/a --seeds 1 2"),
-        (evaluate, "--run", "python -m experiments.evaluate FOLDER"),
-        (evaluate, "", "takes one folder: python -m experiments.evaluate FOLDER; got none."),
-        (evaluate, "a b", "takes one folder: python -m experiments.evaluate FOLDER; got a b."),
-        (evaluate, "no/such/folder", "got no/such/folder, which does not exist. Train one first"),
+        (evaluate, "--run runs/a --seeds 1", "fmjax evaluate runs/a --seeds 1"),
+        (evaluate, "--seeds 1 2 --run=runs/a", "fmjax evaluate runs/a --seeds 1 2"),
+        (evaluate, "--run", "fmjax evaluate FOLDER"),
+        (evaluate, "", "takes one folder: fmjax evaluate FOLDER; got none."),
+        (evaluate, "a b", "takes one folder: fmjax evaluate FOLDER; got a b."),
+        (evaluate, "no/such/folder", "got no/such/folder, which does not exist. Train first:"),
         (evaluate, "pyproject.toml", "must hold config.json; got pyproject.toml, which is a file."),
         (evaluate, "tests", "must hold config.json; got tests, which does not."),
         (toy_table, "--seeds 1", "--seeds must be different numbers, at least 2; got 1."),
@@ -63,7 +72,8 @@ def test_expected_errors_are_one_line(capsys, monkeypatch, module, flags, said):
     args = flags.split()
     if module in (two_moons, digits) and "--workdir" not in args:
         args += ["--workdir", "no/such/run"]
-    code, got = end(capsys, module.main, *args, config=module.Config, name=module.__name__)
+    name = "fmjax evaluate" if module is evaluate else module.__name__
+    code, got = end(capsys, main_of(module), *args, config=module.Config, name=name)
     assert code == 2 and said in one_line(got)
     assert not (ROOT / "no").exists()
 
@@ -160,7 +170,7 @@ def test_in_a_process_of_its_own():
 
 def test_main_called_from_python_raises(tmp_path):
     with pytest.raises(ValueError, match="--model.features must be positive"):
-        two_moons.main(two_moons.Config(model=two_moons.MLPConfig(features=(0,))))
+        train(two_moons.Config(model=MLPConfig(features=(0,))), two_moons.make_task)
     config = two_moons.Config(workdir=tmp_path)
     with pytest.raises(TypeError, match="a bug"), Run("two_moons", config):
         raise TypeError("a bug")

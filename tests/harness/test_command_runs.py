@@ -14,12 +14,17 @@ from commands import end, one_line
 
 import fmjax as fm
 from experiments import two_moons
+from fmjax import harness
 from fmjax.harness import run, step
 
 ROOT = pathlib.Path(__file__).parents[2]
+MOONS = "--batch-size 64 --model.features 16 --log-every 1 --num-steps 2 --frames 0 --side 8 "
+MOONS = f"{MOONS} --steps-per-dispatch 1".split()
+NOTHING = ["--num-samples", "0", "--eval-examples", "0"]  # is drawn or measured
 
 
-MOONS = "--batch-size 64 --model.features 16 --num-samples 20 --log-every 1 --num-steps 2".split()
+def main(config):
+    harness.train(config, two_moons.make_task)
 
 
 @pytest.mark.slow
@@ -29,9 +34,9 @@ def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path, mon
         monkeypatch.setattr(fm, name, getattr(on_a_full_disk, name))
     (folder := tmp_path / "a folder, ü").mkdir()
     (link := tmp_path / "link").symlink_to(folder)
-    args = ["--workdir", str(link), *MOONS, "--eval-examples", "1"]
+    args = ["--workdir", str(link), *MOONS, "--num-samples", "20", "--eval-examples", "1"]
     for more in (["--traceback"], []):
-        code, said = end(capsys, two_moons.main, *args, *more, config=two_moons.Config)
+        code, said = end(capsys, main, *args, *more, config=two_moons.Config)
         assert code == 0, said
     text = (folder / "summary.json").read_text()
     assert json.loads(text)["log_likelihood_standard_error"] is None and "NaN" not in text
@@ -39,14 +44,13 @@ def test_one_held_out_point_in_a_linked_folder_with_spaces(capsys, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_and_other_flags_are_one_message(capsys, tmp_path, monkeypatch):
-    args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
-    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
-    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
-    code, said = end(capsys, two_moons.main, *args, "--noise", "0.1", config=two_moons.Config)
+def test_a_damaged_checkpoint_and_other_flags_are_one_message(capsys, tmp_path):
+    args = ["--workdir", str(tmp_path), *MOONS, *NOTHING]
+    assert end(capsys, main, *args, config=two_moons.Config)[0] == 0
+    code, said = end(capsys, main, *args, "--noise", "0.1", config=two_moons.Config)
     assert code == 2 and "noise: folder has 0.05, got 0.1" in said and "Traceback" not in said
     (tmp_path / "checkpoints" / "2" / "record" / "metadata").write_text("{}")
-    code, said = end(capsys, two_moons.main, *args, config=two_moons.Config)
+    code, said = end(capsys, main, *args, config=two_moons.Config)
     assert code == 2 and "damaged in" in one_line(said) and "step 2: " in said
 
 
@@ -65,32 +69,31 @@ def interrupting(function, count):
 
 def test_ctrl_c_before_and_in_training_and_in_writing(tmp_path, capsys, monkeypatch):
     """Each time the folder is usable; in training the step is ended and saved."""
-    monkeypatch.setattr(two_moons, "evaluate", lambda *args: {})
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    args = ["--workdir", str(tmp_path), *MOONS, "--eval-examples", "8"]
-    make_steps = step.make_steps
+    args = ["--workdir", str(tmp_path), *MOONS, *NOTHING]
+    jit_steps = step.jit_steps
     moments = (
         (step, "init_state", interrupting(step.init_state, 1), [], "Interrupted."),
         (run, "write_json", interrupting(run.write_json, 1), [], "Interrupted."),
-        (step, "make_steps", lambda *x: interrupting(make_steps(*x), 1), ["1"], " 1/2 "),
+        (step, "jit_steps", lambda *x: interrupting(jit_steps(*x), 1), ["1"], " 1/2 "),
         (run.Run, "finish", interrupting(run.Run.finish, 1), ["1", "2"], "Interrupted."),
     )
     try:
         for place, name, function, saved, said in moments:
             with monkeypatch.context() as patch:
                 patch.setattr(place, name, function)
-                code, got = end(capsys, two_moons.main, *args, config=two_moons.Config)
+                code, got = end(capsys, main, *args, config=two_moons.Config)
             assert code == 130 and said in got and "Traceback" not in got, got
             assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == saved
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert end(capsys, two_moons.main, *args, config=two_moons.Config)[0] == 0
+    assert end(capsys, main, *args, config=two_moons.Config)[0] == 0
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 2
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_compiling_in_a_process_of_its_own(tmp_path):
-    args = ["--workdir", str(tmp_path / "run"), *MOONS, "--eval-examples", "8"]
+    args = ["--workdir", str(tmp_path / "run"), *MOONS, *NOTHING]
     environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "nothing compiled yet")}
     # A process that is started in the background ignores SIGINT, and so would those that it starts.
     code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "

@@ -29,7 +29,7 @@ def test_a_full_disk_at_every_write_is_one_line_and_with_room_the_command_ends(t
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     moments = {moment["what"]: moment for moment in map(json.loads, done.stdout.splitlines())}
-    assert len(moments) == 12
+    assert len(moments) == 15
     for what, moment in moments.items():
         *before, line = moment["said"].strip().splitlines()
         assert "Traceback" not in moment["said"] and line.startswith("error: "), moment
@@ -38,9 +38,16 @@ def test_a_full_disk_at_every_write_is_one_line_and_with_room_the_command_ends(t
         nan = what == "not_finite"  # stops the run again
         assert moment["again"] == (2 if nan else 0), moment
         assert nan or "ake room there" in line and str(disk) in line
-    for what in ("config.json", "tensorboard", "metrics.jsonl", "the first checkpoint"):
+    for what in (
+        "config.json",
+        "tensorboard",
+        "metrics.jsonl",
+        "window.json",
+        "the first checkpoint",
+    ):
         assert "no step is saved" in moments[what]["said"]
-    for what in ("loss.png", "samples", "summary.json"):
+    assert "the last good checkpoint is step 20" in moments["preview"]["said"]
+    for what in ("loss.png", "samples", "animation", "summary.json"):
         assert "the last good checkpoint is step 40" in moments[what]["said"]
     for what in ("a batch", "density.png", "evaluation.json"):
         assert "what is computed stays" in moments[what]["said"]

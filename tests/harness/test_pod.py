@@ -14,13 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import trained, two_moons
+from experiments import two_moons
+from fmjax import harness
 from fmjax.harness import cluster
+from fmjax.harness.read import read
+from fmjax.tasks.points import MLPConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 48 --eval-examples 64"
+FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 48 --eval-examples 64 "
+FLAGS += "--frames 4 --side 24 --preview-every 15 --steps-per-dispatch 1"
 SETTINGS = dict(batch_size=64, log_every=1, num_samples=48, eval_examples=64)  # the same
-SETTINGS |= {"model": two_moons.MLPConfig(features=(64, 64))}
+SETTINGS |= {"model": MLPConfig(features=(64, 64)), "frames": 4, "side": 24}
+SETTINGS |= {"preview_every": 15, "steps_per_dispatch": 1}
 SECONDS = 240  # far more than it takes: a pod that hangs must not hang the tests
 
 
@@ -57,7 +62,7 @@ def finish(process, folder, code=0):
 
 def final_state(folder):
     """The last step, the parameters and their average."""
-    last, average = (trained.load(folder, (2,), average=flag) for flag in (False, True))
+    last, average = (read(folder, average=flag) for flag in (False, True))
     return last.step, (last.params, average.params)
 
 
@@ -95,7 +100,8 @@ def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
     finish(start(tmp_path / "one", 1, *end), tmp_path / "one")  # where there is but one device
     for name, way in {"pod": {"fsdp": 2}, "untouched": {"num_devices": 1}}.items():
         steps = dict(num_steps=killed + 10, checkpoint_every=100_000)
-        two_moons.main(two_moons.Config(workdir=tmp_path / name, **SETTINGS, **steps, **way))
+        config = two_moons.Config(workdir=tmp_path / name, **SETTINGS, **steps, **way)
+        harness.train(config, two_moons.make_task)
     _, state = final_state(tmp_path / "untouched")
     for name in ("pod", "one", "both"):
         step, other = final_state(tmp_path / name)

@@ -1,6 +1,5 @@
 """What a shared cluster does to a run: signals, kills, bad numbers, full disks, long weeks."""
 
-import json
 import os
 import pathlib
 import random
@@ -13,19 +12,22 @@ import time
 import jax
 import numpy as np
 import pytest
+from made_runs import rows
 from namespaces import in_a_namespace
 
-from experiments import trained, two_moons
+from experiments import two_moons
+from fmjax import harness
+from fmjax.harness.read import read
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = "--model.features 16 --batch-size 64 --num-samples 50 --eval-examples 64".split()
+SMALL = "--model.features 16 --batch-size 64 --num-samples 0 --eval-examples 0 --frames 0".split()
 SECONDS = 400  # far more than it takes
 
 
 def command(folder, *flags):
-    return [
-        sys.executable, "-m", "experiments.two_moons", "--workdir", str(folder), *SMALL, *flags
-    ]  # fmt: skip
+    one = [] if "--steps-per-dispatch" in flags else ["--steps-per-dispatch", "1"]
+    words = [sys.executable, "-m", "experiments.two_moons", "--workdir", str(folder)]
+    return [*words, *SMALL, *one, *flags]
 
 
 def start(folder, *flags, **environ):
@@ -40,12 +42,6 @@ def log_of(folder):
     return pathlib.Path(f"{folder}.log").read_text()
 
 
-def rows(folder):
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def wait_until(condition, process, folder):
     deadline = time.monotonic() + SECONDS
     while not condition():
@@ -58,7 +54,7 @@ def finish(process, folder, code=0):
 
 
 def parameters(folder):
-    last, average = (trained.load(folder, (2,), average=flag) for flag in (False, True))
+    last, average = (read(folder, average=flag) for flag in (False, True))
     return last.step, (last.params, average.params)
 
 
@@ -197,4 +193,5 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be one that can be written"):
-        two_moons.main(two_moons.Config(workdir=tmp_path / "file" / "run", num_steps=1))
+        config = two_moons.Config(workdir=tmp_path / "file" / "run", num_steps=1)
+        harness.train(config, two_moons.make_task)

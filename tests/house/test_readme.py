@@ -10,9 +10,10 @@ import nbformat
 import numpy as np
 import pytest
 
-from experiments import report, toy_report
+from experiments import toy_report
 from experiments.benchmarks import uneven
 from experiments.benchmarks.compare import report as report_of_compare
+from fmjax.evaluation import report
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/benchmarks/results"

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import images as image_runs
-from experiments import judging
-from experiments.cifar10 import Config
-from experiments.reference import encode
 from fmjax import data, metrics
+from fmjax.evaluation import judging
+from fmjax.evaluation.reference import encode
 from fmjax.metrics import resnet
 from fmjax.metrics.encoders import resnet_encoder
 
@@ -258,20 +256,20 @@ def test_another_or_a_missing_file_is_refused(weights, encoder, tmp_path):
         resnet_encoder(tmp_path / "page.th")
 
 
-def judge(tmp_path, monkeypatch, weights, images, num_levels=256):
+def judge(tmp_path, weights, images, num_levels=256):
     """What an evaluation measures with, where the real images are `images`."""
     dataset = data.ImageDataset(images, np.zeros(len(images), np.int64), 10, num_levels)
-    monkeypatch.setattr(image_runs, "load", lambda config, split: dataset)
     config = judging.JudgeConfig(resnet=weights, reference_dir=tmp_path, num_splits=4)
     judging.check(config)
-    return judging.make_judge(config, Config(workdir=tmp_path), batch_size=40)
+    real = judging.RealImages(
+        "cifar10", "cifar10", "train", "test", lambda split: dataset, "0" * 64
+    )
+    return judging.make_judge(config, real, batch_size=40)
 
 
-def test_an_evaluation_names_network_and_weights_beside_its_distance(
-    tmp_path, monkeypatch, weights, encoder
-):
+def test_an_evaluation_names_network_and_weights_beside_its_distance(tmp_path, weights, encoder):
     real = np.random.default_rng(2).integers(0, 256, (90, 32, 32, 3), np.uint8)
-    found = judge(tmp_path, monkeypatch, weights, real)
+    found = judge(tmp_path, weights, real)
     features = encoder.features(real)
     assert found.record["distance"] == (
         f"FD (CIFAR-10 ResNet-8, 64 features, weights sha256 {encoder.digest[:8]})"
@@ -284,14 +282,14 @@ def test_an_evaluation_names_network_and_weights_beside_its_distance(
     assert found.figures(other, None)["frechet_distance"].value == pytest.approx(want, rel=1e-4)
 
 
-def test_an_evaluation_refuses_images_of_another_kind(tmp_path, monkeypatch, weights):
+def test_an_evaluation_refuses_images_of_another_kind(tmp_path, weights):
     wrong = {
         r"has \[28, 28, 1\] of 256": (np.zeros((90, 28, 28, 1), np.uint8), 256),
         r"has \[32, 32, 3\] of 32": (np.zeros((90, 32, 32, 3), np.uint8), 32),
     }
     for rule, (images, levels) in wrong.items():
         with pytest.raises(ValueError, match=rf"32, 32, 3\] of 256 levels; cifar10 {rule}"):
-            judge(tmp_path, monkeypatch, weights, images, levels)
+            judge(tmp_path, weights, images, levels)
     assert not list(tmp_path.iterdir())  # no features were computed
 
 

@@ -1,34 +1,43 @@
 """Conditional image runs: labels reach the network, are dropped one by one, and guide."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_runs import parts
 from PIL import Image
 
-from experiments import digits, evaluate, export, images, plots, sample
-from experiments.images import Images, UNetConfig
+from experiments import digits
 from fmjax import weights
-from fmjax.harness import loop
+from fmjax.evaluation import evaluate, export, sample
+from fmjax.harness import loop, train
+from fmjax.harness.task import guided
+from fmjax.tasks import image_data, image_figures, images
+from fmjax.tasks.image_data import Images, Pictures
+from fmjax.tasks.images import UNetConfig
 
 KEY = jax.random.key(0)
 TINY = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
 
 
 def config(**flags):
-    return digits.Config(**({"workdir": "unused", "conditional": True} | flags))
+    return digits.Config(**({"workdir": "unused", "conditional": True, "guidance": 1.0} | flags))
 
 
 def test_rows_and_their_labels_stay_together():
-    dataset = images.load(config(), "train")
-    rows = np.array([[7, 3, 1400], [0, 9, 7]])
-    batches = loop.gather(images.make_batch(config(), dataset), rows)
+    pictures, rows = Pictures(config()), np.array([[7, 3, 1400], [0, 9, 7]])
+    dataset = image_data.load(config(), "train")
+    batches = loop.gather(pictures.batch, rows)
     np.testing.assert_array_equal(batches.images, dataset.images[rows])
     np.testing.assert_array_equal(batches.labels, dataset.labels[rows])
-    assert loop.gather(images.make_batch(config(conditional=False), dataset), rows).labels is None
+    held_out = image_data.load(config(), "test")
+    of_others = loop.gather(pictures.held_out_batch, rows % 100)
+    np.testing.assert_array_equal(of_others.images, held_out.images[rows % 100])
+    assert loop.gather(Pictures(config(conditional=False)).batch, rows).labels is None
 
 
 @pytest.mark.parametrize(
@@ -41,8 +50,8 @@ def test_a_batch_of_another_number_of_examples_is_refused(batch):
 
 def test_labels_change_nothing_else_that_is_drawn():
     """The same noise, times and pixels; a tenth of the labels is the null class, 10."""
-    dataset = images.load(config(), "train[:1000]")
-    draw = {known: images.make_draw(config(conditional=known), 17, 10) for known in (True, False)}
+    dataset = image_data.load(config(), "train[:1000]")
+    draw = {known: parts(digits, config(conditional=known))[0] for known in (True, False)}
     plain, none = draw[False](KEY, Images(dataset.images, None))
     sample, labels = draw[True](KEY, Images(dataset.images, dataset.labels))
     for a, b in zip(sample, plain, strict=True):
@@ -53,18 +62,23 @@ def test_labels_change_nothing_else_that_is_drawn():
 
 
 def test_the_velocity_of_labels_and_of_guidance():
-    model = images.make_model(config(model=TINY), 10)
+    model = images.make_unet(config(model=TINY), 10)
     x, labels, t = jax.random.normal(KEY, (3, 8, 8, 1)), jnp.array([1, 4, 9]), jnp.asarray(0.3)
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape), model.init(KEY, t, x)
     )
-    plain = images.make_velocity(model, params)(t, x)
-    known = images.make_velocity(model, params, labels)(t, x)
+    velocity_of = functools.partial(images.velocity_of, model)
+    plain = velocity_of(params)(t, x)
+    known = velocity_of(params, labels)(t, x)
     np.testing.assert_allclose(plain, model.apply(params, t, x, jnp.full(3, 10)), atol=1e-5)
     np.testing.assert_allclose(known, model.apply(params, t, x, labels), atol=1e-5)
     assert np.abs(known - plain).max() > 1e-2
-    guided = images.make_velocity(model, params, labels, 3.0)(t, x)
-    np.testing.assert_allclose(guided, plain + 3 * (known - plain), atol=1e-4)
+    want = plain + 3 * (known - plain)
+    of_the_run = image_figures.guided(velocity_of, params, labels, 10, 3.0)(t, x)
+    np.testing.assert_allclose(of_the_run, want, atol=1e-4)
+    task = digits.make_task(config(model=TINY))  # the same network, behind the task
+    np.testing.assert_allclose(guided(task, params, labels, 3.0)(t, x), want, atol=1e-4)
+    np.testing.assert_allclose(guided(task, params, labels, 1.0)(t, x), known, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,32 +87,39 @@ def test_the_velocity_of_labels_and_of_guidance():
         ({"conditional": False, "guidance": 2.0}, "got 2.0 without --conditional"),
         ({"label_dropout": 0.0, "guidance": 2.0}, "and --label-dropout 0"),
         ({"label_dropout": 1.5}, r"--label-dropout must be in \[0, 1\]; got 1.5"),
-        ({"label_dropout": float("nan")}, r"--label-dropout must be in \[0, 1\]; got nan"),
+        ({"label_dropout": float("nan")}, "--label-dropout must be zero or more; got nan"),
         ({"guidance": -1.0}, "--guidance must be zero or more; got -1.0"),
     ],
 )
 def test_flags_that_can_not_work(flags, message):
     with pytest.raises(ValueError, match=message):
-        images.run_experiment("digits", config(**flags))
+        train(config(**flags), digits.make_task)
 
 
 @pytest.mark.slow
 def test_a_run_from_start_to_end(tmp_path):
-    """Its picture has a row for each class; resumed it is the run that nobody interrupted."""
+    """Its picture has a row for each class, real images on the left; resumed it is the run that
+    nobody interrupted."""
     small = config(
         model=TINY, num_steps=4, checkpoint_every=2, batch_size=32, num_samples=30, guidance=2.0,
-        eval_examples=40, eval_batch_size=20, sample_tolerance=1e-1, eval_tolerance=1e-1,
+        log_every=1, eval_examples=40, eval_batch_size=20, sample_tolerance=1e-1,
+        eval_tolerance=1e-1,
     )  # fmt: skip
-    whole = images.run_experiment("digits", dataclasses.replace(small, workdir=tmp_path / "whole"))
-    parts = dataclasses.replace(small, workdir=tmp_path / "parts")
-    images.run_experiment("digits", dataclasses.replace(parts, num_steps=2))
-    resumed = images.run_experiment("digits", parts)
+    whole = train(dataclasses.replace(small, workdir=tmp_path / "whole"), digits.make_task)
+    halves = dataclasses.replace(small, workdir=tmp_path / "halves")
+    train(dataclasses.replace(halves, num_steps=2), digits.make_task)
+    resumed = train(halves, digits.make_task)
     names = ("bits_per_dim", "loss", "num_evaluations")
     assert [whole[name] for name in names] == [resumed[name] for name in names]
     assert "guidance 2" in whole["sampler"]
     assert "given their classes" in whole["bits_per_dim_method"]
     picture = Image.open(tmp_path / "whole" / whole["samples"])
-    assert picture.size == (3 * 68 + 4, 10 * 68 + 4)  # 8 pixels eight times as large, gaps of 4
+    side = 3 * 68 + 4  # 8 pixels eight times as large, gaps of 4
+    assert picture.size == (side + 32 + side, 10 * 68 + 4)
+    real = image_data.load(small, "train")
+    first = real.images[np.flatnonzero(real.labels == 7)[0]]  # of the eighth row
+    shown = np.asarray(picture)[7 * 68 + 4 : 8 * 68 : 8, 4:68:8, 0]
+    np.testing.assert_array_equal(shown, np.round(first[..., 0] * (255 / 16)))
     flags = json.loads((tmp_path / "whole" / "config.json").read_text())["config"]
     assert flags["conditional"] and flags["label_dropout"] == 0.1
 
@@ -121,10 +142,13 @@ def test_pictures_of_ones_own_from_training_to_a_file(tmp_path):
         num_steps=2, batch_size=8, num_samples=4, eval_examples=2, eval_batch_size=2,
         sample_tolerance=1e-1, eval_tolerance=1e-1,
     )  # fmt: skip
-    images.run_experiment("digits", run)
+    train(run, digits.make_task)
+    evaluation = evaluate.Config(tmp_path / "run", batch_size=8)
     pictures(tmp_path / "own", 42)
     with pytest.raises(ValueError, match="resume on its own data; .* differs in num_examples"):
-        images.run_experiment("digits", dataclasses.replace(run, num_steps=4))
+        train(dataclasses.replace(run, num_steps=4), digits.make_task)
+    with pytest.raises(ValueError, match="data must be those .* trained on; .* in num_examples"):
+        evaluate.main(evaluation)
     (tmp_path / "own").rename(tmp_path / "away")
     out = sample.main(
         sample.Config(tmp_path / "run", num=8, batch_size=8, num_steps=2, labels=(1,))
@@ -134,7 +158,7 @@ def test_pictures_of_ones_own_from_training_to_a_file(tmp_path):
     _, record = weights.load_safetensors(tmp_path / "new" / "a.safetensors")
     assert record["data"]["event_shape"] == [8, 8, 3] and record["num_classes"] == 2
     with pytest.raises(FileNotFoundError, match="There is no folder"):
-        evaluate.main(evaluate.Config(tmp_path / "run", batch_size=8))
+        evaluate.main(evaluation)
 
 
 @pytest.mark.parametrize(
@@ -150,15 +174,6 @@ def test_data_sets_that_are_none(tmp_path, dataset, message):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
     dataset = {"FILE": str(tmp_path / "a.npz"), "FOLDER": str(tmp_path)}.get(dataset, dataset)
     with pytest.raises(ValueError, match=message):
-        images.load(config(dataset=dataset), "train")
+        image_data.load(config(dataset=dataset), "train")
     with pytest.raises(ValueError, match="--image-size is for --dataset folder:PATH"):
-        images.load(config(dataset="mnist", image_size=8), "train")
-
-
-def test_a_grid_by_class_has_a_row_for_each():
-    """In the order in which they come, filled up with white; other channels side by side."""
-    labels = np.array([7, 3, 7, 7, 0])
-    values = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-    sheet, columns = plots.by_class(values, labels, 17)
-    assert columns == 3
-    assert sheet.ravel().tolist() == [0, 2, 3, 1, 16, 16, 4, 16, 16]
+        image_data.load(config(dataset="mnist", image_size=8), "train")
