@@ -164,7 +164,8 @@ def _say_what_begins(config: RunConfig, task: Task, num_parameters: int, step: i
     )
     print(
         f"{count}{devices.flat[0].device_kind}, {num_parameters:,} parameters, "
-        f"{task.num_examples:,} examples, batch {config.batch_size}, {where}, in {config.folder}",
+        f"{task.num_examples:,} examples, batch {config.batch_size}, {where}, in {config.folder}"
+        + (f"; {task.about}" if task.about else ""),
         flush=True,
     )
 

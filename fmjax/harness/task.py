@@ -78,6 +78,7 @@ class Task(NamedTuple):
       samples: how new examples are drawn.
       num_held_out: examples that are not trained on, for the held-out loss.
       held_out: as `batch`, of these.
+      about: what the first line of a run says besides.
       data: `() -> record` of what the data are, as JSON can hold it: shapes, numbers, a hash. A run
         resumes on the same alone.
     """
@@ -93,6 +94,7 @@ class Task(NamedTuple):
     samples: Samples | None = None
     num_held_out: int = 0
     held_out: Batch | None = None
+    about: str = ""
     data: Callable[[], dict[str, Any]] | None = None
 
 

@@ -51,7 +51,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     if len(losses):
-        axes.plot(steps, losses, color=GREY, linewidth=0.8, label="training, one batch")
+        axes.plot(steps, losses, color=GREY, linewidth=0.8, label="training")
     if len(losses) >= 20:
         mean = np.convolve(losses, np.ones(10) / 10, mode="valid")
         axes.plot(steps[9:], mean, color=BLUE, linewidth=1.6, label="training, mean of 10 rows")

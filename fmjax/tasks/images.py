@@ -22,7 +22,6 @@ from fmjax.data import pixels
 from fmjax.evaluation import images as evaluation
 from fmjax.evaluation.judging import RealImages
 from fmjax.harness.config import RunConfig, mesh
-from fmjax.harness.start import say
 from fmjax.harness.task import Init, Samples, Task
 from fmjax.models import cpu
 from fmjax.models import kernels as xla
@@ -197,8 +196,6 @@ def make_task(
       step: `(state, key, Images) -> (state, metrics)`.
     """
     training_now = config.known is None
-    if training_now:
-        say(f"Training with the {choose_kernels(config)} kernels (--kernels {config.kernels}).")
     # Solves in training take its kernels, which are compiled in part; others XLA's own.
     fast = functools.partial(velocity_of, model)
     plain = functools.partial(velocity_of, model.clone(kernels=xla.KERNELS))
@@ -216,6 +213,7 @@ def make_task(
         samples=_samples(config, pictures),
         num_held_out=len(pictures.held_out.images) if training_now else 0,
         held_out=pictures.held_out_batch,
+        about=f"{choose_kernels(config)} kernels (--kernels {config.kernels})",
         data=lambda: describe(pictures.train),
     )
 

@@ -145,7 +145,7 @@ def test_the_loss_curve_holds_training_and_held_out_losses(figures):
     low, high = axes.get_ylim()
     assert low < 1.025 and high > 2.5
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["training, one batch", "training, mean of 10 rows", "held out"]
+    assert labels == ["training", "training, mean of 10 rows", "held out"]
     assert colours(picture, ORANGE) > 10
 
 
