@@ -1,12 +1,15 @@
 """Run folders of networks that have learnt nothing, and tasks of which all is known."""
 
 import json
+import struct
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from fmjax import harness
 from fmjax.harness import step, task
@@ -43,9 +46,7 @@ def final_state(folder):
     """The step of a folder's latest checkpoint and all of its state, on the host."""
     with checkpoints.open_manager(folder / "checkpoints") as manager:
         last = checkpoints.latest_step(manager)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        state = manager.restore(last, args=args)["state"]
-    return last, jax.tree.map(np.asarray, state)
+    return last, state_at(folder, last)
 
 
 def rows(folder):
@@ -70,3 +71,34 @@ def parts(module, config):
     with mock.patch.object(harness, "from_loss", from_loss):
         module.make_task(config)
     return found["draw"], found["loss"]
+
+
+def state_at(folder, step):
+    """The state of a checkpoint, names and arrays, on the host."""
+    with checkpoints.open_manager(folder / "checkpoints") as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
+
+
+def params_at(folder, step, name="params"):
+    """The parameters of a checkpoint, or with "ema_params" their average: those of a flat dict."""
+    flat = state_at(folder, step)
+    return {k.removeprefix(f"{name}."): x for k, x in flat.items() if k.startswith(f"{name}.")}
+
+
+def events(folder):
+    """TensorBoard's events of a run, lengths and checksums verified."""
+    return [event for path in sorted(folder.glob("tensorboard/*")) for event in events_of(path)]
+
+
+def events_of(path):
+    """The events of one file."""
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        body = data[12 : 12 + length]
+        sums = struct.unpack("<I", data[8:12]) + struct.unpack("<I", data[12 + length :][:4])
+        assert sums == (masked_crc32c(data[:8]), masked_crc32c(body))
+        found.append(Event.FromString(body))
+        data = data[16 + length :]
+    return found

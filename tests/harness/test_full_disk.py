@@ -4,14 +4,12 @@ import errno
 import json
 import os
 import shlex
-import struct
 import sys
 
 import numpy as np
 import pytest
+from made_runs import events_of
 from namespaces import ROOT, in_a_namespace
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from fmjax.harness.events import Events
 from fmjax.harness.records import DiskError, disk_failure, lock, write_text, writing
@@ -102,23 +100,10 @@ def test_a_folder_that_can_not_be_locked_is_named(tmp_path):
         lock(tmp_path / "file" / "folder")
 
 
-def records(path):
-    """The events of a file, their lengths and checksums verified."""
-    data, found = path.read_bytes(), []
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        body = data[12 : 12 + length]
-        sums = struct.unpack("<I", data[8:12]) + struct.unpack("<I", data[12 + length :][:4])
-        assert sums == (masked_crc32c(data[:8]), masked_crc32c(body))
-        found.append(Event.FromString(body))
-        data = data[16 + length :]
-    return found
-
-
 def test_tensorboard_events_are_on_disk_at_once(tmp_path):
     events = Events(tmp_path / "a folder", 7)
     events.scalars(7, {"train/loss": 0.5, "train/gradient_norm": float("nan")})
-    version, start, scalars = records(next((tmp_path / "a folder").glob("events.out.tfevents.*")))
+    version, start, scalars = events_of(next((tmp_path / "a folder").glob("events.out.tfevents.*")))
     events.close()
     assert version.file_version == "brain.Event:2"
     assert start.step == 7 and start.session_log.status == 1  # a start: what came after is dropped

@@ -118,7 +118,7 @@ def test_a_run_from_start_to_end(tmp_path):
     assert picture.size == (side + 32 + side, 10 * 68 + 4)
     real = image_data.load(small, "train")
     first = real.images[np.flatnonzero(real.labels == 7)[0]]  # of the eighth row
-    shown = np.asarray(picture)[7 * 68 + 4 : 8 * 68 : 8, 4:68:8, 0]
+    shown = np.asarray(picture.convert("RGB"))[7 * 68 + 4 : 8 * 68 : 8, 4:68:8, 0]
     np.testing.assert_array_equal(shown, np.round(first[..., 0] * (255 / 16)))
     flags = json.loads((tmp_path / "whole" / "config.json").read_text())["config"]
     assert flags["conditional"] and flags["label_dropout"] == 0.1
