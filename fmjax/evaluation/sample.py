@@ -39,6 +39,9 @@ class Config:
     """Seed of the noise."""
     labels: tuple[int, ...] = ()
     """Classes to draw, by turns; all of them without the flag. For a run with --conditional."""
+    given: tuple[float, ...] = ()
+    """Conditions of all samples in the table's units, one number for each of the columns that the
+    run was given; else those of held-out rows, by turns."""
     guidance: float = 1.0
     """Scale of the guidance; 1 is none. For a run with --conditional."""
     solver: Literal["Euler", "Heun", "Midpoint", "Tsit5", "Dopri5"] = "Tsit5"
@@ -93,7 +96,10 @@ def _save_each(out: pathlib.Path, samples: Samples, arrays: Arrays, num: int) ->
 
 
 def _check(config: Config) -> None:
-    check_numbers(config, may_be_zero={"guidance", "seed", "labels"}, may_be_empty={"labels"})
+    numbers = dataclasses.replace(config, given=())  # these may be negative
+    check_numbers(
+        numbers, may_be_zero={"guidance", "seed", "labels"}, may_be_empty={"labels", "given"}
+    )
     check_seeds("seed", [config.seed])
     sharding.check_batch_size(config.batch_size, jax.device_count())
     if config.num_steps is None and config.solver not in drawing.ADAPTIVE:
@@ -114,7 +120,17 @@ def _check_picture(config: Config, samples: Samples) -> None:
 
 def _out(config: Config) -> pathlib.Path:
     suffix = {"grid": ".png", "png": "", "npz": ".npz"}[config.format]
-    names = ("seed", "labels", "guidance", "solver", "num_steps", "tolerance", "average", "num")
+    names = (
+        "seed",
+        "labels",
+        "given",
+        "guidance",
+        "solver",
+        "num_steps",
+        "tolerance",
+        "average",
+        "num",
+    )
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     told = {n: getattr(config, n) for n in names if getattr(config, n) != usual[n] or n == "seed"}
     told = {n: value if isinstance(value, tuple) else (value,) for n, value in told.items()}
@@ -142,6 +158,17 @@ def _wanted(config: Config, samples: Samples) -> np.ndarray | None:
     return np.array(wanted, np.int32)
 
 
+def _given(config: Config, samples: Samples) -> Any:
+    """The condition of all samples that the flags give, or None."""
+    if not config.given:
+        return None
+    if samples.given is None:
+        raise ValueError(
+            f"--given needs a run that is conditional on columns; {config.run} is not."
+        )
+    return samples.given(config.given)
+
+
 def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray | None) -> Arrays:
     """The samples as the task keeps them, `[num, ...]` each."""
     adaptive = None if config.num_steps else config.tolerance
@@ -151,6 +178,8 @@ def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray
     size = min(config.batch_size, -(-config.num // devices) * devices)
     settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
     settings |= {"labels": list(config.labels), "guidance": config.guidance}
+    settings |= {"given": list(config.given)} if config.given else {}
+    given = _given(config, samples)
     store = Store(config.run / "drawn", "batches", settings)
 
     @jax.jit
@@ -161,6 +190,8 @@ def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray
         return jax.vmap(one)(rows)
 
     def condition(rows: np.ndarray) -> Any:
+        if given is not None:
+            return jax.tree.map(lambda x: np.repeat(x[None], len(rows), axis=0), given)
         return trained.condition(rows) if wanted is None else wanted[rows % len(wanted)]
 
     def batch(i: int) -> Arrays:

@@ -48,6 +48,8 @@ class Samples(NamedTuple):
       num_classes: where conditions are classes 0..num_classes - 1; else None.
       picture: `(arrays, condition) -> uint8 [height, width, 3]`, a picture of all of them; None for
         what can't be drawn.
+      given: `values -> condition` of one sample, from numbers that a user gives; None where
+        conditions are not numbers.
       single: `arrays of one sample -> uint8 [height, width, 1 or 3]`, pixel by pixel; None for what
         is no picture.
     """
@@ -59,6 +61,7 @@ class Samples(NamedTuple):
     num_classes: int | None = None
     picture: Callable[[dict[str, np.ndarray], Any], np.ndarray] | None = None
     single: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+    given: Callable[[tuple[float, ...]], Any] | None = None
 
 
 class Task(NamedTuple):

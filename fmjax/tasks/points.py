@@ -62,6 +62,7 @@ class Data(NamedTuple):
         the points as they are.
       condition: `rows -> [num, ...]`, the condition of the k-th sample; None for none.
       null: the condition that stands for none.
+      given: `values -> condition` of one sample, in original units; None for none.
       held_out_conditions: of the held-out points; None for none.
       log_scale: as in `Points`.
       picture: `arrays -> picture`, of samples that are not drawn as a flow in the plane.
@@ -76,6 +77,7 @@ class Data(NamedTuple):
     arrays: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     condition: Callable[[np.ndarray], Any] | None = None
     null: Any = None
+    given: Callable[[tuple[float, ...]], Any] | None = None
     held_out_conditions: Any = None
     log_scale: float = 0.0
     picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
@@ -121,6 +123,7 @@ def make_task(
             data.condition,
             data.null,
             picture=_picture_of(data),
+            given=data.given,
         ),
         num_held_out=len(data.held_out),
         held_out=data.held_out_batch or (lambda rows: data.held_out[rows]),

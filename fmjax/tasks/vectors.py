@@ -104,6 +104,18 @@ def as_condition(given: inference.Standardizer, values: Any) -> dict[str, np.nda
     return {"value": value, "known": np.ones(len(value), np.float32)}
 
 
+def _given(table: Vectors, values: tuple[float, ...]) -> dict[str, np.ndarray]:
+    """One condition in original units as the network is told it."""
+    assert table.of_conditions is not None, "a run with conditions"
+    names = table.condition_names
+    if len(values) != len(names) or not np.isfinite(values).all():
+        raise ValueError(
+            f"--given takes one finite number for each of {', '.join(names)}; got "
+            f"{' '.join(map(str, values))}."
+        )
+    return jax.tree.map(lambda x: x[0], as_condition(table.of_conditions, [values]))
+
+
 def drop_condition(config: VectorConfig, key: jax.Array, condition: Any) -> Any:
     """The condition that the network is told: of a part of the rows, drawn one by one, none."""
     if condition is None or not config.condition_dropout:
@@ -177,6 +189,7 @@ def make_task(
         held_out_batch=functools.partial(take, held_out),
         arrays=lambda z: {"x": original(z)},
         condition=condition if config.condition else None,
+        given=functools.partial(_given, table) if config.condition else None,
         null=_null(train.condition) if config.condition_dropout else None,
         held_out_conditions=held_out.condition,
         log_scale=log_scale,
