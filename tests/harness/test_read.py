@@ -50,6 +50,12 @@ def test_a_guided_velocity_is_the_one_by_hand(folder):
     assert np.abs(known - none).max() > 0.1
 
 
+@pytest.mark.xfail(reason="guidance without a condition is left out in silence")
+def test_guidance_without_a_condition_is_refused(folder):
+    with pytest.raises(ValueError, match="condition"):
+        harness.load(folder, guidance=2.0)
+
+
 def test_a_loaded_run_can_be_sampled_from(folder):
     task, params, velocity = harness.load(folder, LABELS, guidance=2.0)
     x0 = task.samples.source.sample(jax.random.key(0), 7)
