@@ -27,6 +27,7 @@ def fit(
     batch_size: int = 128,
     seed: int = 0,
     state: training.TrainState | None = None,
+    bar: bool = True,
 ) -> Fitted:
     """Trains a task on the devices of this process, and keeps nothing on disk.
 
@@ -36,6 +37,7 @@ def fit(
       batch_size: examples per step, over all devices.
       seed: of the parameters, the order of the data and what the steps draw.
       state: where to go on, what an earlier `fit` returned; it is used up. None for a new one.
+      bar: whether there is a progress bar.
 
     Returns:
       `(state, losses)`: parameters in `state.params`, their moving average in `state.ema_params`,
@@ -57,7 +59,9 @@ def fit(
     order = data.batches(task.num_examples, batch_size, seed=seed, start_step=start)
     step = sharding.jit_train_step(task.step, mesh)
     losses: list[Any] = []
-    with progress(total=num_steps, initial=start, unit="step", leave=False) as bar:
+    with progress(
+        total=num_steps, initial=start, unit="step", leave=False, disable=not bar
+    ) as shown:
         for number in range(start + 1, num_steps + 1):
             batch = jax.tree.map(lambda x: x[0], gather(task.batch, next(order)[None]))
             last, metrics = step(
@@ -66,8 +70,8 @@ def fit(
             losses.append(metrics.loss)
             if len(losses) > 1:  # the one before, while this one is running
                 losses[-2] = _finite(losses[-2], number - 1)
-                bar.set_postfix_str(f"loss {losses[-2]:.4f}", refresh=False)
-            bar.update()
+                shown.set_postfix_str(f"loss {losses[-2]:.4f}", refresh=False)
+            shown.update()
     if losses:
         losses[-1] = _finite(losses[-1], num_steps)
     return Fitted(last, np.asarray(losses, np.float32))
