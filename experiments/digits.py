@@ -29,7 +29,6 @@ class Config(images.ImageConfig, choices.Choices):
     checkpoint_every: int = 400
     preview_every: int = 200
     conditional: bool = True
-    guidance: float = 2.0
     num_samples: int = 80
     model: images.UNetConfig = images.UNetConfig(
         channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,), head_channels=32

@@ -71,8 +71,8 @@ def make_task(config: Config) -> harness.Task:
         lambda key: model.init(key, jnp.zeros(()), jnp.zeros((1, 2))),
         ema_decay=config.ema_decay,
     )
-    data = points.Data(x1, held_out, evaluated)
-    return points.make_task(config, data, init, step, velocity)
+    data = points.Data(x1, held_out, evaluated, points.describe(x1))
+    return points.make_task(config, data.facts, lambda: data, init, step, velocity)
 
 
 if __name__ == "__main__":

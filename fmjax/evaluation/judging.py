@@ -17,6 +17,7 @@ import numpy as np
 from fmjax import data, metrics
 from fmjax.data import pixels
 from fmjax.evaluation import encoder as encoders
+from fmjax.evaluation.classifier import Classifier
 from fmjax.evaluation.reference import Reference, load_or_compute
 from fmjax.harness.records import make_folder
 from fmjax.metrics import resnet
@@ -204,7 +205,7 @@ def _encoder(config: JudgeConfig, images: RealImages) -> tuple[Encoder, str]:
         encoder = resnet_encoder(config.resnet)
         weights = f"{encoder.num_features} features, weights sha256 {encoder.digest[:8]}"
         return encoder, f"FD ({encoder.name}, {weights})"
-    encoder = _classifier(config.encoder, images)
+    encoder = _classifier(config, images)
     return encoder, f"FD (encoder {encoder.name})"
 
 
@@ -224,17 +225,24 @@ def _check_real(
             f"{list(shape)} of {real.num_levels}. Leave --judge.resnet out: a classifier of its "
             "own serves."
         )
+    _check_enough(config, split, real, num_features)
+
+
+def _check_enough(
+    config: JudgeConfig, split: str, real: data.ImageDataset, num_features: int
+) -> None:
     if len(real.images) <= num_features and not config.allow_few_samples:
         raise ValueError(
             f"A covariance of {num_features} features needs more real images; got "
-            f"{len(real.images)} in {split}. Take a larger --judge.reference-split."
+            f"{len(real.images)} in {split}. Take a larger --judge.reference-split, or give "
+            "--judge.allow-few-samples and compare the figure with none."
         )
 
 
-def _classifier(folder: pathlib.Path | None, images: RealImages) -> Encoder:
+def _classifier(config: JudgeConfig, images: RealImages) -> Encoder:
     """The one in the folder, or one of the data set's own, trained where there is none."""
-    if folder is not None:
-        return encoders.load_encoder(folder)
+    if config.encoder is not None:
+        return encoders.load_encoder(config.encoder)
     own = images.dataset not in encoders.NUM_STEPS
     # Pictures of a user's own may change under one name.
     name = f"{images.word}-{images.sha256[:8]}" if own else images.dataset
@@ -250,6 +258,8 @@ def _classifier(folder: pathlib.Path | None, images: RealImages) -> Encoder:
             "Name one by --judge.encoder, or published weights by --judge.inception or "
             "--judge.resnet."
         )
+    real = images.load(config.reference_split or images.train_split)
+    _check_enough(config, images.train_split, real, Classifier.num_features)  # before the training
     print(f"No encoder for {images.dataset}: training one into {folder}.", flush=True)
     make_folder(folder)
     flags = dataclasses.replace(encoders.Config(), workdir=folder, dataset=images.dataset)  # pyright: ignore

@@ -25,6 +25,7 @@ from fmjax.training import digests, sharding
 
 SIDE = 300  # of the density's grid
 TOLERANCE = 1e-5
+LEAST = 20  # points, for errors over ten groups
 
 
 class Points(NamedTuple):
@@ -36,6 +37,8 @@ class Points(NamedTuple):
         is what a perfect model has. None from where there is no other.
       conditions: of the held-out points, `[num, ...]`, which samples are drawn under too, so that
         the k-th sample has the k-th point's; None for a model without.
+      given: what the likelihood is given, in words; empty for nothing.
+      units: what distances are measured in, in words; empty for the points' own.
       log_scale: what log-densities are lowered by to be those of other units, the sum of the
         logarithms of the standard deviations that the points were divided by.
     """
@@ -43,6 +46,8 @@ class Points(NamedTuple):
     held_out: np.ndarray
     fresh: Callable[[int], np.ndarray | None]
     conditions: Any = None
+    given: str = ""
+    units: str = ""
     log_scale: float = 0.0
 
 
@@ -58,6 +63,11 @@ def evaluate(
       config: the flags of the evaluation.
     """
     num, dim = points.held_out.shape
+    if num < LEAST:
+        raise ValueError(
+            f"An evaluation needs {LEAST} held-out points, of a table twice as many rows; got "
+            f"{num}. Give the file more rows, or arrays `train` and `test`."
+        )
     protocol.refuse_image_flags(config, num)
     base = protocol.identity(trained, config) | {
         "tolerance": TOLERANCE,
@@ -67,7 +77,7 @@ def evaluate(
         base |= {"guidance": config.guidance, "conditions": digests.hash_tree(points.conditions)}
     at_once = num - num % jax.device_count()
     store = Store(folder, "log_prob", base)
-    found = likelihood(trained, store, points)
+    found = likelihood(trained, store, points) | {"given": points.given}
     samples = Store(folder, "samples", base | {"batch_size": at_once})
     measured, drawn = quality(trained, samples, points, at_once, config.seeds)
     if dim == 2 and points.conditions is None:
@@ -76,6 +86,7 @@ def evaluate(
         found["density_integral"] = mass
         picture = plotting.samples_and_density(points.held_out, drawn, p, extent)
         plotting.save(folder / "density.png", picture)
+    measured |= {"units": points.units, "guidance": config.guidance}
     result = {
         "protocol": protocol.record(config, trained, leave_out=protocol.IMAGE_FLAGS),
         "likelihood": found,

@@ -58,7 +58,7 @@ def budget_of_images(result: dict[str, Any], curve_examples: int) -> list[str]:
 def _cost(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     likelihood, quality, protocol = result["likelihood"], result["quality"], result["protocol"]
     sampler = quality["sampler"]
-    if "class_accuracy" in quality:
+    if "class_accuracy" in quality or likelihood.get("given"):
         sampler += f", guidance {protocol['flags']['guidance']:g}"
     sampling, solving = quality["seconds"], likelihood["seconds"]
     where = f"{protocol['device_count']} x {protocol['device_kind']}, compilation included"
@@ -100,12 +100,13 @@ def _bits(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _nats(likelihood: dict[str, Any]) -> list[tuple[str, str, str]]:
     error = likelihood["solver_error"]
-    mass = likelihood.get("density_integral")
+    mass, given = likelihood.get("density_integral"), likelihood.get("given")
+    given = f", given {given}" if given else ""
     return [
         (
             "log-likelihood, nats per point",
             f"{likelihood['nats_per_point']:.4f} ± {likelihood['standard_error']:.4f}",
-            f"{likelihood['num_points']} held-out points, exact divergence",
+            f"{likelihood['num_points']} held-out points{given}, exact divergence",
         ),
         (
             "its solver's own error",
@@ -139,6 +140,7 @@ def _image_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _point_quality(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
     how = f"{quality['num_samples']} samples x {len(quality['seeds'])} seeds, held-out points"
+    how += f", {quality['units']}" if quality.get("units") else ""
     floor = f"{how}; fresh data: {_over_seeds(quality['wasserstein2_of_fresh_data'])}"
     mmd = quality["squared_mmd"]
     return [

@@ -24,7 +24,7 @@ from fmjax.harness.read import read
 from fmjax.harness.records import make_folder, write_whole
 from fmjax.harness.store import Arrays, Store, progress
 from fmjax.harness.task import Samples, Trained
-from fmjax.training import sharding
+from fmjax.training import digests, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +69,17 @@ def main(config: Config) -> pathlib.Path:
         raise ValueError(f"Samples need Task.samples; the task of {config.run} has none.")
     _check_picture(config, samples)
     wanted = _wanted(config, samples)
-    arrays = _draw(config, trained, samples, wanted)
-    labels = None if wanted is None else wanted[np.arange(config.num) % len(wanted)]
+    arrays, condition = _draw(config, trained, samples, wanted)
     make_folder(out.parent)
     if config.format == "npz":
-        kept = arrays | ({} if labels is None else {"labels": labels})
+        told = samples.told or (lambda condition: {"labels": condition})
+        kept = arrays | ({} if condition is None else told(condition))
         write_whole(out, lambda file: np.savez_compressed(file, **kept))  # pyright: ignore[reportArgumentType]
     elif config.format == "png":
         _save_each(out, samples, arrays, config.num)
     else:
         assert samples.picture is not None  # _check_picture
-        plotting.save(out, samples.picture(arrays, labels))
+        plotting.save(out, samples.picture(arrays, condition))
     print(f"{config.num} samples in {out}")
     return out
 
@@ -169,18 +169,18 @@ def _given(config: Config, samples: Samples) -> Any:
     return samples.given(config.given)
 
 
-def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray | None) -> Arrays:
-    """The samples as the task keeps them, `[num, ...]` each."""
+def _draw(
+    config: Config, trained: Trained, samples: Samples, wanted: np.ndarray | None
+) -> tuple[Arrays, Any]:
+    """The samples as the task keeps them, `[num, ...]` each, and their conditions."""
     adaptive = None if config.num_steps else config.tolerance
     way = drawing.Way(config.solver, num_steps=config.num_steps, tolerance=adaptive)
     solve, mesh = drawing.make_solve(trained), sharding.make_mesh()
     devices = jax.device_count()
     size = min(config.batch_size, -(-config.num // devices) * devices)
     settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
-    settings |= {"labels": list(config.labels), "guidance": config.guidance}
-    settings |= {"given": list(config.given)} if config.given else {}
+    store = Store(config.run / "drawn", "batches", settings | {"guidance": config.guidance})
     given = _given(config, samples)
-    store = Store(config.run / "drawn", "batches", settings)
 
     @jax.jit
     def noise(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -194,13 +194,19 @@ def _draw(config: Config, trained: Trained, samples: Samples, wanted: np.ndarray
             return jax.tree.map(lambda x: np.repeat(x[None], len(rows), axis=0), given)
         return trained.condition(rows) if wanted is None else wanted[rows % len(wanted)]
 
-    def batch(i: int) -> Arrays:
+    def batch(i: int) -> np.ndarray:
         rows = np.arange(i * size, (i + 1) * size)
-        x0 = np.asarray(noise(keys.key(config.seed, "drawn"), rows))
-        x1, _ = solve(way, *sharding.shard_batch((x0, condition(rows)), mesh))
-        return samples.arrays(np.asarray(x1))
+        told = condition(rows)
+        # The samples as they are solved: what a task makes of them is not stored.
+        name = f"batch_{i:06d}" + ("" if told is None else f"_{digests.hash_tree(told)[:8]}")
+
+        def compute() -> Arrays:
+            x0 = np.asarray(noise(keys.key(config.seed, "drawn"), rows))
+            x1, _ = solve(way, *sharding.shard_batch((x0, told), mesh))
+            return {"x1": np.asarray(x1)}
+
+        return store.get(name, compute)["x1"]
 
     indices = progress(range(-(-config.num // size)), "batches")
-    found = [store.get(f"batch_{i:06d}", lambda i=i: batch(i)) for i in indices]
-    names = [name for name in found[0] if name != "seconds"]
-    return {name: np.concatenate([part[name] for part in found])[: config.num] for name in names}
+    x1 = np.concatenate([batch(i) for i in indices])[: config.num]
+    return samples.arrays(x1), condition(np.arange(config.num))

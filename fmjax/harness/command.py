@@ -33,7 +33,7 @@ import tyro
 from fmjax.harness.cluster import ProcessZeroError
 
 _CURRENT: list[tuple[str, tuple[str, ...]]] = []  # name and words of the command that runs
-_OURS = frozenset({"fmjax", "experiments", "__main__"})
+_OURS = {"fmjax", "experiments", "__main__"}
 _TALKERS = ("absl", "asyncio", "jax._src.callback")  # they log the errors that they raise
 
 
@@ -69,6 +69,11 @@ def run(
     gc.collect()  # what the error held complains while hooks are heard, not at the very end
     if code:
         sys.exit(code)
+
+
+def ours(module: str) -> None:
+    """Counts a user's module as one of those whose errors are for users."""
+    _OURS.add(module.split(".")[0])
 
 
 def again(flag: str, value: str) -> str:

@@ -122,7 +122,7 @@ def train(
                 watch.compiled, first_end = time.perf_counter(), dispatch.last
             stop = preemption.reached(count)
             done = dispatch.last == config.num_steps
-            shown = preview is not None and _passes(dispatch, config.preview_every)
+            shown = preview is not None and (_passes(dispatch, config.preview_every) or done)
             if _passes(dispatch, config.checkpoint_every) or shown or done or stop:
                 watch.look(*pending, watch.preview(preview, state) if shown else None)
                 pending = None

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fmjax.harness import command
 from fmjax.harness.config import RunConfig
 from fmjax.harness.task import Task, Trained, check_guidance, guided
 from fmjax.training import checkpoints
 from fmjax.types import Velocity
+
+_SCALARS = {int: int, float: int | float, str: str, bool: bool}
 
 
 class Loaded(NamedTuple):
@@ -125,7 +128,9 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
     try:
         record = json.loads(path.read_text())
         flags, address = record["config"], record["config_class"]
-        _ = record["experiment"], record["make_task"]
+        words = record["experiment"], record["make_task"], address
+        if not (isinstance(flags, dict) and all(isinstance(word, str) for word in words)):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path} must be the JSON record of a run of this version; got something else. Is it "
@@ -136,7 +141,7 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"{path} must name a class of flags; got {address}.")
     try:
         config = from_flags(cls, flags)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must hold the flags of {address} as they are today; it lacks or adds "
             f"{error}. Evaluate it with the version that trained it, or train again."
@@ -149,18 +154,21 @@ def imported(address: str, path: pathlib.Path, what: str) -> Any:
     module, _, name = address.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever is wrong in a module of a user's own
         raise ValueError(
             f"{path} names {address} as what made the run, which can't be imported: {error}. Start "
             "the command in the folder where that module is, or install it."
         ) from None
     if not callable(found):
         raise ValueError(f"{path} must name {what}; got {address}.")
+    command.ours(module)
     return found
 
 
 def from_flags(cls: type[Any], flags: dict[str, Any]) -> Any:
     """A config from what JSON kept of it: paths are strings there, tuples lists."""
+    if not isinstance(flags, dict):
+        raise TypeError(f"{flags!r} for the flags of {cls.__name__}")
     if unknown := sorted(flags.keys() - {field.name for field in dataclasses.fields(cls)}):
         raise KeyError(", ".join(unknown))
     hints = typing.get_type_hints(cls)
@@ -176,4 +184,8 @@ def _value(hint: Any, value: Any) -> Any:
         return None if value is None else _value(kinds[0], value)
     if hint is pathlib.Path:
         return pathlib.Path(value)
+    if hint in _SCALARS and (
+        not isinstance(value, _SCALARS[hint]) or (hint is not bool and isinstance(value, bool))
+    ):
+        raise TypeError(f"{value!r} where a value of {hint} should be")
     return tuple(value) if typing.get_origin(hint) is tuple else value

@@ -97,8 +97,7 @@ class Run:
             self._check_data(data)
             self._check_num_steps()
         except ValueError:
-            self._close()
-            self._forget()
+            self._close(failed=True)
             raise
         self._record = {"experiment": name, "config": self._flags} | environment()
         # Whoever reads it imports these.
@@ -120,12 +119,10 @@ class Run:
                 self._compiled.close()
                 if self._events is not None:
                     self._events.close()
-                self._close()
+                self._close(failed=error is not None)
             except Exception:
                 if error is None:  # else it is the same failure once more
                     raise
-            if error is not None:
-                self._forget()
             if error is not None and disk_failure(self.folder, error):
                 raise error
 
@@ -135,20 +132,29 @@ class Run:
         steps = [int(path.name) for path in folders if path.name.isdigit()]
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
-    def _close(self) -> None:
+    def _close(self, *, failed: bool) -> None:
         try:
             self._manager.close()
         finally:
+            if failed:
+                self._forget()
             if self._lock is not None:
                 self._lock.close()
 
     def _forget(self) -> None:
-        """Removes what a start that failed has made, where nothing was there before."""
-        if not self.begun and cluster.is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in self._made:
-                with contextlib.suppress(OSError):  # one that holds another run by now
-                    parent.rmdir()
+        """Removes what a start that failed has made, where nothing was there before.
+
+        Of the folder only what is the harness's own: a file of somebody else's keeps it.
+        """
+        if self.begun or not cluster.is_main():
+            return
+        for name in ("checkpoints", "compiled", "tensorboard"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("config.json", "metrics.jsonl", "window.json", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.folder / "samples", self.folder, *self._made):
+            with contextlib.suppress(OSError):  # one that holds anything else
+                folder.rmdir()
 
     def _check_config(self) -> None:
         try:

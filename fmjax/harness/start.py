@@ -77,14 +77,15 @@ def train(
     begin(config)
     name = address(make_task).partition(":")[0].rpartition(".")[2]
     config = dataclasses.replace(config, workdir=config.workdir or _folder(name, config))
+    _warn_if_lost(address(make_task))
     task = make_task(config)
     check_num_examples(config, task.num_examples)
     params = jax.eval_shape(task.init, jax.random.key(0)).params
-    first = _first_params(config, params)  # a size that can't work is refused before the folder
     with Run(name, config, _data_of(task), make_task) as run:
         state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
         _check_skipping(config, state)
-        state = _begin_with(state, first)
+        if run.saved_step is None and config.init_from is not None:
+            state = _begin_with(state, restore_params(config.init_from, params)[0])
         state = run.restore(state)
         num_parameters = sum(x.size for x in jax.tree.leaves(params))
         _say_what_begins(config, task, num_parameters, int(state.step))
@@ -108,6 +109,16 @@ def train(
     return summary
 
 
+def _warn_if_lost(address: str) -> None:
+    """Says what nobody will be able to import again."""
+    if cluster.is_main() and ("<" in address or address.startswith("__main__:")):
+        print(
+            f"config.json will name {address} as what made the run, which can't be imported: "
+            "evaluation, sampling and export won't find it. Define it at the top of a module.",
+            file=sys.stderr,
+        )
+
+
 def _folder(name: str, config: RunConfig) -> pathlib.Path:
     """runs/EXPERIMENT-DATASET; an experiment named after its data set has the one name."""
     data = config.data_name()
@@ -129,19 +140,8 @@ def _check_skipping(config: RunConfig, state: training.TrainState) -> None:
         )
 
 
-def _first_params(config: RunConfig, params: Any) -> Any:
-    """What `--init-from` names, on the host; None without the flag."""
-    if config.init_from is None:
-        return None
-    if (config.folder / "checkpoints").is_dir() and any((config.folder / "checkpoints").iterdir()):
-        return None  # this run resumes: it has begun with them
-    return restore_params(config.init_from, params)[0]
-
-
 def _begin_with(state: training.TrainState, params: Any) -> training.TrainState:
     """The first state with other parameters, in the shardings of its own."""
-    if params is None:
-        return state
 
     def put(x: Any, like: jax.Array) -> jax.Array:
         x = np.asarray(x, like.dtype)

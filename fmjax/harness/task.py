@@ -48,6 +48,7 @@ class Samples(NamedTuple):
       num_classes: where conditions are classes 0..num_classes - 1; else None.
       picture: `(arrays, condition) -> uint8 [height, width, 3]`, a picture of all of them; None for
         what can't be drawn.
+      told: `condition -> {name: array}`, what is kept of conditions; None for `{"labels": ...}`.
       given: `values -> condition` of one sample, from numbers that a user gives; None where
         conditions are not numbers.
       single: `arrays of one sample -> uint8 [height, width, 1 or 3]`, pixel by pixel; None for what
@@ -61,6 +62,7 @@ class Samples(NamedTuple):
     num_classes: int | None = None
     picture: Callable[[dict[str, np.ndarray], Any], np.ndarray] | None = None
     single: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+    told: Callable[[Any], dict[str, np.ndarray]] | None = None
     given: Callable[[tuple[float, ...]], Any] | None = None
 
 
@@ -156,8 +158,10 @@ def guided(task: Task, params: Any, condition: Any, scale: float) -> Velocity:
     Raises:
       ValueError: for another scale than 1, if the task knows no null condition.
     """
-    if scale == 1 or condition is None:
+    if scale == 1:
         return task.velocity(params, condition)
+    if condition is None:
+        raise ValueError(f"Guidance needs a condition to be guided to; got none, scale {scale}.")
     from fmjax.guidance import batched_guidance
 
     check_guidance(task, scale)
@@ -173,8 +177,8 @@ def check_guidance(task: Task, scale: float) -> None:
     """Refuses guidance of a task that has not learnt it."""
     if scale != 1 and (task.samples is None or task.samples.null is None):
         raise ValueError(
-            "--guidance needs a run that was trained with conditions and, for a part of its "
-            f"examples, without (--conditional and a --label-dropout above 0); got {scale}."
+            "Guidance needs a run that was trained with conditions and, for a part of its "
+            f"examples, without; got a scale of {scale}."
         )
 
 

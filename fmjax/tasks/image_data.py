@@ -9,6 +9,7 @@ import numpy as np
 from fmjax import data
 from fmjax.training import digests
 
+_FACTS = frozenset({"event_shape", "num_levels", "num_classes", "num_examples", "sha256"})
 _OWN = {"folder": "folder", "npz": "file"}
 
 
@@ -47,7 +48,15 @@ class Pictures:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """`describe` of the images that are trained on."""
-        return self._config.known or describe(self.train)
+        known = self._config.known
+        if known is None:
+            return describe(self.train)
+        if missing := _FACTS - known.keys():
+            raise ValueError(
+                f"config.json must say {', '.join(sorted(missing))} of the images; it does not. "
+                "Evaluate it with the version that trained it, or train again."
+            )
+        return known
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -65,6 +65,8 @@ def save_samples(
     Of a conditional network every class has a row of its own, real images beside the drawn ones.
     """
     config, num_classes = trained.config, pictures.num_classes
+    learnt = config.conditional and config.label_dropout > 0
+    scale = config.guidance or (2.0 if config.guidance is None and learnt else 1.0)
     controller = diffrax.PIDController(rtol=config.sample_tolerance, atol=config.sample_tolerance)
     labels, num = None, config.num_samples
     if config.conditional:
@@ -73,7 +75,7 @@ def save_samples(
 
     @jax.jit
     def solve(params: Any, x0: jax.Array, labels: Any) -> fm.Trajectory:
-        velocity = guided(velocity_of, params, labels, num_classes, config.guidance)
+        velocity = guided(velocity_of, params, labels, num_classes, scale)
         ts = jnp.linspace(0.0, 1.0, FRAMES)
         return fm.integrate(velocity, x0, ts=ts, stepsize_controller=controller)
 
@@ -88,7 +90,7 @@ def save_samples(
         columns = None if labels is None else num // num_classes
         frames = plotting.image_frames(trajectory.x, pictures.num_levels, columns)
         plotting.animation(frames, path.with_suffix(".gif"))
-    told = "" if labels is None else f", guidance {config.guidance:g}"
+    told = "" if labels is None else f", guidance {scale:g}"
     return {
         "num_evaluations": int(trajectory.num_evaluations),
         "sampler": f"Tsit5, tolerance {config.sample_tolerance:g}{told}, EMA parameters",

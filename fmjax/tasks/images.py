@@ -85,8 +85,9 @@ class ImageConfig(RunConfig):
     """Whether the network is told the class of an image."""
     label_dropout: float = 0.1
     """Share of the images whose class a conditional network isn't told in training."""
-    guidance: float = 1.0
-    """Scale of the guidance in drawing from a conditional network; 1 is none."""
+    guidance: float | None = None
+    """Scale of the guidance in drawing from a conditional network, 1 is none; without the flag 2
+    where the network has learnt it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's computation in training. Parameters, statistics and loss stay float32."""
     remat: bool = False
@@ -116,19 +117,25 @@ def open_images(config: ImageConfig) -> Pictures:
       ValueError: for flags that can't work together; by what is read, as `data.load` does.
     """
     check_conditions(config)
-    return Pictures(config)
+    pictures = Pictures(config)
+    if config.conditional and pictures.num_classes < 2:
+        raise ValueError(
+            f"--conditional needs images of several classes; {config.dataset} has "
+            f"{pictures.num_classes}. Give --no-conditional."
+        )
+    return pictures
 
 
 def check_conditions(config: ImageConfig) -> None:
     """Refuses flags of conditions that can't work, or that an unconditional run has no use for."""
     if not 0 <= config.label_dropout <= 1:
         raise ValueError(f"--label-dropout must be in [0, 1]; got {config.label_dropout}.")
-    if config.guidance != 1 and not config.conditional:
+    if config.guidance not in (None, 1) and not config.conditional:
         raise ValueError(
             f"--guidance needs a network that knows classes; got {config.guidance} without "
             "--conditional."
         )
-    if config.guidance != 1 and not config.label_dropout:
+    if config.guidance not in (None, 1) and not config.label_dropout:
         raise ValueError(
             f"--guidance other than 1 needs a network that was trained without classes too; got "
             f"{config.guidance} and --label-dropout 0. 0.1 is usual."

@@ -56,32 +56,32 @@ class Data(NamedTuple):
       x1: to train on, `[num, D]`.
       held_out: not to train on, `[num, D]`.
       evaluated: makes what an evaluation compares with, independent of both if it can be.
+      facts: what a run folder keeps of the data, as JSON can hold it.
       batch: `rows -> batch` of the training data; None for `x1[rows]`.
       held_out_batch: the same of the held-out ones.
-      arrays: `x1 [num, D] -> {name: array}`, what is kept of samples, in original units; None for
-        the points as they are.
-      condition: `rows -> [num, ...]`, the condition of the k-th sample; None for none.
-      null: the condition that stands for none.
-      given: `values -> condition` of one sample, in original units; None for none.
       held_out_conditions: of the held-out points; None for none.
       log_scale: as in `Points`.
-      picture: `arrays -> picture`, of samples that are not drawn as a flow in the plane.
-      facts: what else a run folder keeps of the data, as JSON can hold it.
+      given: as in `Points`.
     """
 
     x1: np.ndarray
     held_out: np.ndarray
     evaluated: Callable[[], Points]
+    facts: dict[str, Any]
     batch: Callable[[np.ndarray], Any] | None = None
     held_out_batch: Callable[[np.ndarray], Any] | None = None
-    arrays: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
-    condition: Callable[[np.ndarray], Any] | None = None
-    null: Any = None
-    given: Callable[[tuple[float, ...]], Any] | None = None
     held_out_conditions: Any = None
     log_scale: float = 0.0
-    picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
-    facts: dict[str, Any] | None = None
+    given: str = ""
+
+
+def describe(x1: np.ndarray) -> dict[str, Any]:
+    """What a run folder keeps of points, enough to know them again."""
+    return {
+        "num_examples": len(x1),
+        "event_shape": list(x1.shape[1:]),
+        "sha256": digests.hash_array(x1),
+    }
 
 
 def make_mlp(config: PointConfig) -> models.MLP:
@@ -91,92 +91,91 @@ def make_mlp(config: PointConfig) -> models.MLP:
 
 def make_task(
     config: PointConfig,
-    data: Data,
+    facts: dict[str, Any],
+    load: Callable[[], Data],
     init: Init,
     step: training.TrainStep,
     velocity: Callable[[Any, Any], fm.Velocity],
+    samples: Samples | None = None,
 ) -> Task:
     """The task of an experiment on points, from what differs between them.
 
     Args:
       config: its flags.
-      data: its points.
+      facts: "num_examples" and "event_shape" of the data.
+      load: makes the data, once and only where they are needed: not to draw samples.
       init: `key -> TrainState`.
       step: `(state, key, batch) -> (state, metrics)`.
       velocity: `(params, condition) -> Velocity`.
+      samples: how they are drawn and shown; None for a flow in the plane.
     """
-    in_the_plane = data.x1.shape[1] == 2
+    shape = tuple(facts["event_shape"])
+    if samples is None:
+        samples = Samples(fm.standard_normal(shape), lambda x1: {"x": x1}, picture=_picture)
+    training_now = config.known is None
+
+    def batch(rows: np.ndarray) -> Any:
+        data = load()
+        return data.x1[rows] if data.batch is None else data.batch(rows)
+
+    def held_out(rows: np.ndarray) -> Any:
+        data = load()
+        return data.held_out[rows] if data.held_out_batch is None else data.held_out_batch(rows)
+
+    def evaluate(trained: Trained, folder: pathlib.Path, flags: Any) -> dict[str, Any]:
+        return evaluation.evaluate(load().evaluated(), trained, folder, flags)
+
     return Task(
-        num_examples=len(data.x1),
-        batch=data.batch or (lambda rows: data.x1[rows]),
+        num_examples=facts["num_examples"],
+        batch=batch,
         init=init,
         step=step,
         velocity=velocity,
-        finish=functools.partial(finish, data),
-        evaluate=lambda trained, folder, flags: evaluation.evaluate(
-            data.evaluated(), trained, folder, flags
-        ),
-        preview=functools.partial(preview, data) if in_the_plane or data.picture else None,
-        samples=Samples(
-            fm.standard_normal(data.x1.shape[1:]),
-            functools.partial(_arrays, data),
-            data.condition,
-            data.null,
-            picture=_picture_of(data),
-            given=data.given,
-        ),
-        num_held_out=len(data.held_out),
-        held_out=data.held_out_batch or (lambda rows: data.held_out[rows]),
-        data=lambda: (
-            {
-                "num_examples": len(data.x1),
-                "event_shape": list(data.x1.shape[1:]),
-                "sha256": digests.hash_array(data.x1),
-            }
-            | (data.facts or {})
-        ),
+        finish=functools.partial(finish, load),
+        evaluate=evaluate,
+        preview=preview if samples.picture is not None else None,
+        samples=samples,
+        num_held_out=len(load().held_out) if training_now else 0,
+        held_out=held_out,
+        data=lambda: load().facts,
     )
 
 
-def _arrays(data: Data, x1: np.ndarray) -> dict[str, np.ndarray]:
-    return {"x": x1} if data.arrays is None else data.arrays(x1)
+def _picture(arrays: dict[str, np.ndarray], condition: Any) -> np.ndarray:
+    return plotting.trajectories(np.stack([arrays["x"], arrays["x"]]))
 
 
-def _picture_of(data: Data) -> Any:
-    """What draws samples: points in the plane, or the picture that the data bring."""
-    draw = data.picture
-    if draw is not None:
-        return lambda arrays, condition: draw(arrays)
-    if data.x1.shape[1] != 2:
-        return None
-    return lambda arrays, condition: plotting.trajectories(np.stack(2 * [*arrays.values()][:1]))
-
-
-def preview(data: Data, trained: Trained, key: jax.Array) -> np.ndarray:
-    """Ways of 500 points, or where they end, in ten steps of Heun's."""
-    rows = np.arange(500)
-    x0 = np.asarray(jax.random.normal(key, (len(rows), *data.x1.shape[1:])))
-    condition = None if data.condition is None else data.condition(rows)
+def preview(trained: Trained, key: jax.Array) -> np.ndarray:
+    """500 samples in ten steps of Heun's: of a flow in the plane the ways that they come."""
+    samples, rows = trained.task.samples, np.arange(500)
+    assert samples is not None and samples.picture is not None  # else there is no preview
+    condition = trained.condition(rows)
+    x0 = np.asarray(samples.source.sample(key, len(rows)))
     given = _spread(trained.config, (x0, condition))
     x = sharding.gathered(
         _flow(trained.task.velocity, trained.params, *given, diffrax.Heun(), 10, 11)
     ).x
-    return plotting.trajectories(x) if data.picture is None else data.picture(_arrays(data, x[-1]))
+    if samples.picture is _picture:
+        return plotting.trajectories(x)
+    return samples.picture(samples.arrays(x[-1]), condition)
 
 
-def finish(data: Data, trained: Trained, folder: pathlib.Path, key: jax.Array) -> dict[str, Any]:
-    """Trajectories, the log-likelihood of held-out points, and in the plane the density."""
-    config, figures = trained.config, {}
+def finish(
+    load: Callable[[], Data], trained: Trained, folder: pathlib.Path, key: jax.Array
+) -> dict[str, Any]:
+    """Samples, the log-likelihood of held-out points, and of a flow in the plane the density."""
+    config, figures, data = trained.config, {}, load()
     if config.num_samples:
         figures |= draw_samples(data, trained, folder, key)
     if config.eval_examples:
         log_p = log_likelihood(data, trained)
+        given = f", given {data.given}" if data.given else ""
         figures |= {
             "log_likelihood": float(log_p.mean()),
             "log_likelihood_standard_error": standard_error(log_p),
             "log_likelihood_method": (
-                f"nats per point, {len(log_p)} held-out points; exact divergence, Tsit5, tolerance "
-                "1e-5; EMA parameters"
+                f"nats per point, {len(log_p)} held-out points{given}; exact divergence, Tsit5, "
+                "tolerance 1e-5; EMA parameters"
             ),
         }
     return figures
@@ -186,12 +185,15 @@ def draw_samples(
     data: Data, trained: Trained, folder: pathlib.Path, key: jax.Array
 ) -> dict[str, Any]:
     """Draws samples over all devices; in the plane their ways, the density and an animation."""
-    config, shape = trained.config, data.x1.shape[1:]
-    rows = np.arange(config.num_samples)
+    config, samples, rows = (
+        trained.config,
+        trained.task.samples,
+        np.arange(trained.config.num_samples),
+    )
+    assert samples is not None  # make_task
     say(f"Drawing {len(rows)} samples ...")
-    x0 = np.asarray(jax.random.normal(key, (len(rows), *shape)))
-    condition = None if data.condition is None else data.condition(rows)
-    given = _spread(config, (x0, condition))
+    condition = trained.condition(rows)
+    given = _spread(config, (np.asarray(samples.source.sample(key, len(rows))), condition))
     num_times = config.frames or 21
     trajectory = sharding.gathered(
         _flow(trained.task.velocity, trained.params, *given, diffrax.Tsit5(), None, num_times)
@@ -201,12 +203,13 @@ def draw_samples(
         "num_evaluations": int(trajectory.num_evaluations),
         "sampler": "Tsit5, tolerance 1e-5, EMA parameters",
     }
-    if shape != (2,) or condition is not None or data.picture is not None:
-        if data.picture is None:
-            return figures
+    if samples.picture is not None and samples.picture is not _picture:
         if cluster.is_main():
-            plotting.save(path, data.picture(_arrays(data, trajectory.x[-1])))
+            picture = samples.picture(samples.arrays(trajectory.x[-1]), condition)
+            plotting.save(path, picture)
         return figures | {"samples": str(path.relative_to(folder))}
+    if samples.picture is None:
+        return figures
     near, far = plotting.limits(data.held_out, margin=0.1), plotting.limits(trajectory.x)
     density = _densities(trained, near, config.side, (1.0,))[0]
     densities = _densities(trained, far, config.side // 2, trajectory.t) if config.frames else []

@@ -19,8 +19,9 @@ import tyro
 
 import fmjax as fm
 from fmjax import data, inference, models, plotting, training
-from fmjax.harness.task import Init, Task, Trained
+from fmjax.harness.task import Init, Samples, Task, Trained
 from fmjax.tasks import points
+from fmjax.training import digests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,32 +49,114 @@ class Rows(NamedTuple):
     condition: Any
 
 
-class Vectors(NamedTuple):
-    """A table, standardised.
+_FACTS = frozenset({"num_examples", "event_shape", "columns", "conditions", "moments", "sha256"})
 
-    Attributes:
-      train: to train on.
-      held_out: not to train on.
-      names: of the columns.
-      condition_names: of those that are given.
-      standardizer: of the columns.
-      of_conditions: of those that are given; None where there are none.
+
+class Vectors:
+    """A table, standardised by its training rows.
+
+    What a finished run needs for its samples (names and moments, the `facts`) is in its folder: to
+    draw from it takes no table, and another table of today changes no units.
+
+    Args:
+      config: a `VectorConfig`.
+
+    Raises:
+      ValueError: by the attributes, as `data.load_table` does.
     """
 
-    train: Rows
-    held_out: Rows
-    names: tuple[str, ...]
-    condition_names: tuple[str, ...]
-    standardizer: inference.Standardizer
-    of_conditions: inference.Standardizer | None
+    def __init__(self, config: VectorConfig):
+        self._config = config
+
+    @functools.cached_property
+    def _tables(self) -> tuple[data.Table, data.Table]:
+        config = self._config
+        try:
+            train, held_out = (
+                data.load_table(
+                    config.data, split, columns=config.columns or None, conditions=config.condition
+                )
+                for split in ("train", "test")
+            )
+        except ValueError as error:
+            text = str(error).replace("`columns`", "--columns")
+            text = text.replace("`conditions`", "--condition")
+            raise ValueError(
+                text if str(config.data) in text else f"{config.data}: {text}"
+            ) from error
+        return train, held_out
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """`describe` of the table; of a finished run what its folder says."""
+        known = self._config.known
+        if known is None:
+            return self.describe()
+        if missing := _FACTS - known.keys():
+            raise ValueError(
+                f"config.json must say {', '.join(sorted(missing))} of the table; it does not. "
+                "Evaluate it with the version that trained it, or train again."
+            )
+        return known
+
+    def describe(self) -> dict[str, Any]:
+        """What a run folder keeps of the table that is there now."""
+        train, held_out = self._tables
+        parts = [train.x, train.conditions, held_out.x, held_out.conditions]
+        moments = [inference.fit_standardizer(x) for x in parts[:2] if x is not None]
+        return {
+            "num_examples": len(train.x),
+            "event_shape": [train.x.shape[1]],
+            "columns": list(train.names),
+            "conditions": list(train.condition_names),
+            "moments": [[part.mean.tolist(), part.std.tolist()] for part in moments],
+            "sha256": digests.hash_json(
+                [None if part is None else digests.hash_array(part) for part in parts]
+            ),
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns that are modelled."""
+        return tuple(self.facts["columns"])
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """Of those that are given."""
+        return tuple(self.facts["conditions"])
+
+    @functools.cached_property
+    def standardizer(self) -> inference.Standardizer:
+        """Of the columns that are modelled."""
+        return inference.Standardizer(*map(np.asarray, self.facts["moments"][0]))
+
+    @functools.cached_property
+    def of_conditions(self) -> inference.Standardizer | None:
+        """Of those that are given; None where there are none."""
+        found = self.facts["moments"][1:]
+        return inference.Standardizer(*map(np.asarray, found[0])) if found else None
+
+    @functools.cached_property
+    def train(self) -> Rows:
+        """To train on."""
+        return self._rows(self._tables[0])
+
+    @functools.cached_property
+    def held_out(self) -> Rows:
+        """Not to train on."""
+        return self._rows(self._tables[1])
+
+    def _rows(self, table: data.Table) -> Rows:
+        x, given = inference.standardize(self.standardizer, table.x), self.of_conditions
+        return Rows(x, None if given is None else as_condition(given, table.conditions))
 
 
 def open_vectors(config: VectorConfig) -> Vectors:
-    """Reads the table that the flags name, and standardises it by its training rows.
+    """The table that the flags name.
 
     Raises:
-      ValueError: as `data.load_table` does; for a dropout that is no probability, or one without
-        conditions.
+      ValueError: for a dropout that is no probability, or one without conditions; as the table
+        does.
     """
     if not 0 <= config.condition_dropout <= 1:
         raise ValueError(f"--condition-dropout must be in [0, 1]; got {config.condition_dropout}.")
@@ -82,20 +165,9 @@ def open_vectors(config: VectorConfig) -> Vectors:
             f"--condition-dropout needs --condition COLUMNS; got {config.condition_dropout} "
             "without."
         )
-    columns = config.columns or None
-    train, held_out = (
-        data.load_table(config.data, split, columns=columns, conditions=config.condition)
-        for split in ("train", "test")
-    )
-    standardizer = inference.fit_standardizer(train.x)
-    given = None if train.conditions is None else inference.fit_standardizer(train.conditions)
-
-    def rows(table: data.Table) -> Rows:
-        x = inference.standardize(standardizer, table.x)
-        return Rows(x, None if given is None else as_condition(given, table.conditions))
-
-    names = train.names, train.condition_names
-    return Vectors(rows(train), rows(held_out), *names, standardizer, given)
+    table = Vectors(config)
+    _ = table.facts  # a table that can't work is refused here
+    return table
 
 
 def as_condition(given: inference.Standardizer, values: Any) -> dict[str, np.ndarray]:
@@ -120,11 +192,8 @@ def drop_condition(config: VectorConfig, key: jax.Array, condition: Any) -> Any:
     """The condition that the network is told: of a part of the rows, drawn one by one, none."""
     if condition is None or not config.condition_dropout:
         return condition
-    return fm.drop_labels(key, condition, _null(condition), config.condition_dropout)
-
-
-def _null(condition: Any) -> Any:
-    return jax.tree.map(lambda x: np.zeros(np.shape(x)[1:], np.float32), condition)
+    null = jax.tree.map(lambda x: np.zeros(np.shape(x)[1:], np.float32), condition)
+    return fm.drop_labels(key, condition, null, config.condition_dropout)
 
 
 def make_mlp(config: VectorConfig) -> models.MLP | models.ConditionalMLP:
@@ -135,15 +204,30 @@ def make_mlp(config: VectorConfig) -> models.MLP | models.ConditionalMLP:
 
 def init_params(model: models.MLP | models.ConditionalMLP, table: Vectors, key: jax.Array) -> Any:
     """The MLP's first parameters."""
-    x, *condition = (jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), part) for part in table.train)
-    return model.init(key, jnp.zeros(()), x, *(part for part in condition if part is not None))
+    x, given = jnp.zeros((1, len(table.names))), table.of_conditions
+    condition = () if given is None else (_none(len(table.condition_names), 1),)
+    return model.init(key, jnp.zeros(()), x, *condition)
+
+
+def _none(num_columns: int, num: int) -> dict[str, jax.Array]:
+    """The condition that stands for none, for so many rows."""
+    return {"value": jnp.zeros((num, num_columns)), "known": jnp.zeros(num)}
 
 
 def velocity_of(
     model: models.MLP | models.ConditionalMLP, params: Any, condition: Any = None
 ) -> fm.Velocity:
-    """The velocity under a condition, a pytree of `[batch, ...]`."""
+    """The velocity under a condition, a pytree of `[batch, ...]`.
+
+    Raises:
+      ValueError: if a conditional network is given none.
+    """
     apply = functools.partial(model.apply, params)
+    if condition is None and isinstance(model, models.ConditionalMLP):
+        raise ValueError(
+            "A run with conditions needs one for each row, {'value': [batch, C], 'known': "
+            "[batch]}; got none. fmjax.tasks.vectors.as_condition makes them."
+        )
     return apply if condition is None else functools.partial(apply, condition=condition)
 
 
@@ -163,8 +247,6 @@ def make_task(
       init: `key -> TrainState`.
       step: `(state, key, Rows) -> (state, metrics)`.
     """
-    train, held_out = table.train, table.held_out
-    log_scale = -float(inference.log_det(table.standardizer))
 
     def take(rows: Rows, index: Any) -> Rows:
         return jax.tree.map(lambda x: x[index], rows)
@@ -172,31 +254,48 @@ def make_task(
     def original(z: np.ndarray) -> np.ndarray:
         return inference.unstandardize(table.standardizer, np.asarray(z))
 
-    def evaluated() -> points.Points:
-        half = len(held_out.x) // 2
+    def told(condition: Any) -> dict[str, np.ndarray]:
+        assert table.of_conditions is not None
+        value = inference.unstandardize(table.of_conditions, np.asarray(condition["value"]))
+        return {"conditions": value}
+
+    @functools.cache
+    def load() -> points.Data:
+        train, held_out, given = table.train, table.held_out, ", ".join(table.condition_names)
+        log_scale, half = -float(inference.log_det(table.standardizer)), len(held_out.x) // 2
         first, second = take(held_out, slice(half)), take(held_out, slice(half, 2 * half))
-        fresh = {0: second.x}.get
-        return points.Points(first.x, fresh, first.condition, log_scale)
+        evaluated = points.Points(
+            first.x, {0: second.x}.get, first.condition, given, "standardised columns", log_scale
+        )
+        return points.Data(
+            x1=train.x,
+            held_out=held_out.x,
+            evaluated=lambda: evaluated,
+            facts=table.describe(),
+            batch=functools.partial(take, train),
+            held_out_batch=functools.partial(take, held_out),
+            held_out_conditions=held_out.condition,
+            log_scale=log_scale,
+            given=given,
+        )
 
     def condition(rows: np.ndarray) -> Any:
-        return take(held_out, rows % len(held_out.x)).condition
+        return take(table.held_out, rows % len(table.held_out.x)).condition
 
-    shown = points.Data(
-        x1=train.x,
-        held_out=held_out.x,
-        evaluated=evaluated,
-        batch=functools.partial(take, train),
-        held_out_batch=functools.partial(take, held_out),
-        arrays=lambda z: {"x": original(z)},
-        condition=condition if config.condition else None,
-        given=functools.partial(_given, table) if config.condition else None,
-        null=_null(train.condition) if config.condition_dropout else None,
-        held_out_conditions=held_out.condition,
-        log_scale=log_scale,
-        picture=lambda arrays: plotting.corner(original(held_out.x), arrays["x"], table.names),
-        facts={"columns": table.names, "conditions": table.condition_names},
+    conditional, num = bool(table.condition_names), len(table.condition_names)
+    samples = Samples(
+        fm.standard_normal((len(table.names),)),
+        lambda z: {"x": original(z)},
+        condition if conditional else None,
+        jax.tree.map(lambda x: x[0], _none(num, 1)) if config.condition_dropout else None,
+        picture=lambda arrays, condition: plotting.corner(
+            original(table.held_out.x), arrays["x"], table.names
+        ),
+        told=told if conditional else None,
+        given=functools.partial(_given, table) if conditional else None,
     )
-    return points.make_task(config, shown, init, step, functools.partial(velocity_of, model))
+    velocity = functools.partial(velocity_of, model)
+    return points.make_task(config, table.facts, load, init, step, velocity, samples)
 
 
 def log_prob(config: VectorConfig, trained: Trained, x: Any, conditions: Any = None) -> np.ndarray:

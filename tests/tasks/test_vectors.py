@@ -65,6 +65,12 @@ def test_densities_are_in_the_original_units(table, monkeypatch):
     np.testing.assert_allclose(vectors.log_prob(flags, trained, x), want, rtol=1e-4)
     np.testing.assert_allclose(summary["log_likelihood"], want[:50].mean(), rtol=1e-4)
     assert experiment_task.samples.num_classes is None
+    table.unlink()  # samples know their units from the run folder
+    wanted = sample.Config(flags.folder, num=400, batch_size=400, num_steps=1, solver="Euler",
+                           format="npz", out=flags.folder / "a.npz")  # fmt: skip
+    drawn = np.load(sample.main(wanted))["x"]
+    np.testing.assert_allclose(drawn.mean(0), mean, atol=0.2 * std.max())
+    np.testing.assert_allclose(drawn.std(0), std, rtol=0.2)
 
 
 def test_a_part_of_the_conditions_is_dropped_one_by_one(table):
@@ -94,10 +100,29 @@ def test_from_training_to_evaluation_and_samples_under_a_condition(table):
             given=given, guidance=guidance, out=table.parent / f"{name}.npz",
         )  # fmt: skip
         out[name] = np.load(sample.main(wanted))["x"]
+    told = np.load(table.parent / "b.npz")["conditions"]
+    np.testing.assert_allclose(told, np.full((24, 1), 26.0), rtol=1e-5)
+    assert "given c" in (flags.folder / "evaluation" / "evaluation.md").read_text()
     assert out["a"].shape == (24, 2) and 900 < out["a"][:, 0].mean() < 1200  # in its own units
     assert (out["a"] != out["b"]).any() and (out["a"] != out["c"]).any()
     with pytest.raises(ValueError, match="--given takes one finite number for each of c; got 1"):
         sample.main(dataclasses.replace(wanted, given=(1.0, 2.0), out=table.parent / "d.npz"))
+
+
+def test_another_table_is_refused(table):
+    """Other units, other conditions, other rows that are held out: each is another table."""
+    flags = config(table, condition=("c",))
+    train(flags, experiment.make_task)
+    text = table.read_text()
+    rows = np.loadtxt(table, delimiter=",", skiprows=1)
+    for changed in (4 * rows, rows[::-1], np.column_stack([rows[:, :2], rows[::-1, 2]])):
+        np.savetxt(table, changed, delimiter=",", header="y,w,c", comments="")
+        with pytest.raises(ValueError, match="differs? in .*sha256"):
+            train(dataclasses.replace(flags, num_steps=3), experiment.make_task)
+        with pytest.raises(ValueError, match="differ in .*sha256"):
+            evaluate.main(evaluate.Config(flags.folder, batch_size=16))
+    table.write_text(text)
+    train(dataclasses.replace(flags, num_steps=3), experiment.make_task)
 
 
 @pytest.mark.parametrize(
