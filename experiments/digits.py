@@ -38,6 +38,8 @@ class Config(images.ImageConfig, choices.Choices):
 
 
 def make_task(config: Config) -> harness.Task:
+    if config.flip:
+        raise ValueError("--flip is not for digits: mirrored ones are none.")
     digits = images.open_images(config)
     model, num_classes = images.make_unet(config, digits.num_classes), digits.num_classes
     path, coupling, times = choices.choose(config)

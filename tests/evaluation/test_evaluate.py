@@ -353,5 +353,5 @@ def test_a_conditional_run_is_drawn_by_class_and_judged_by_it(folders):
 @pytest.mark.parametrize("run", ["digits", "two_moons"])
 def test_guidance_of_a_run_without_classes_is_refused(folders, run):
     flags = {} if run == "digits" else PLANE
-    with pytest.raises(ValueError, match="--guidance needs a run that was trained with conditions"):
+    with pytest.raises(ValueError, match="Guidance needs a run that was trained with conditions"):
         evaluate.main(config(folders, folders / run, **(flags | {"guidance": 2.0})))

@@ -125,7 +125,7 @@ def test_a_grid_and_single_pictures(runs):
         ("known", {"labels": (3, 10)}, r"--labels must be in 0..9, .*got 3 10"),
         ("known", {"labels": (-1,)}, "--labels must be zero or more"),
         ("plain", {"labels": (3,)}, "--labels needs a run with --conditional"),
-        ("plain", {"guidance": 2.0}, "--guidance needs a run that was trained with conditions"),
+        ("plain", {"guidance": 2.0}, "Guidance needs a run that was trained with conditions"),
         ("known", {"solver": "Euler", "num_steps": None}, "--solver Euler has no error estimate"),
         ("known", {"num": 0}, "--num must be positive"),
         ("moons", {"format": "png"}, "--format png needs samples that can be shown as pictures"),

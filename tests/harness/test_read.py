@@ -50,7 +50,6 @@ def test_a_guided_velocity_is_the_one_by_hand(folder):
     assert np.abs(known - none).max() > 0.1
 
 
-@pytest.mark.xfail(reason="guidance without a condition is left out in silence")
 def test_guidance_without_a_condition_is_refused(folder):
     with pytest.raises(ValueError, match="condition"):
         harness.load(folder, guidance=2.0)

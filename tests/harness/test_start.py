@@ -112,7 +112,6 @@ def test_a_run_that_resumes_does_not_ask_for_what_it_began_with(tmp_path):
     assert not (tmp_path / "third").exists()
 
 
-@pytest.mark.xfail(reason="what is left of a save that was cut short is taken for a checkpoint")
 def test_a_first_save_that_was_cut_short_is_no_beginning(tmp_path):
     """Killed while the first checkpoint was written, a run begins with the other's again."""
     run(tmp_path / "first")

@@ -124,7 +124,7 @@ def test_guidance_of_a_task_is_that_of_the_two_velocities():
 def test_guidance_of_a_task_without_a_null_condition_is_refused():
     task = tiny.make_task(tiny.Config())
     for samples in (None, task.samples._replace(null=None)):
-        with pytest.raises(ValueError, match="--guidance needs a run that was trained with"):
+        with pytest.raises(ValueError, match="Guidance needs a run that was trained with"):
             guided(task._replace(samples=samples), {}, jnp.arange(3), 2.0)
     with pytest.raises(ValueError, match="Samples need Task.samples; the task of tiny has none"):
         _ = Trained(task._replace(samples=None), "tiny", None, 0, {}).source
