@@ -22,7 +22,7 @@ from PIL import Image
 
 import fmjax as fm
 from experiments import digits, two_moons
-from fmjax import models
+from fmjax import metrics, models
 from fmjax.data import pixels
 from fmjax.evaluation import classifier, densities, evaluate, images, judging, protocol, report
 from fmjax.harness import keys, store
@@ -229,7 +229,11 @@ def test_the_plane(folders):
         likelihood["standard_error"], log_p.std(ddof=1) / np.sqrt(2000), rtol=1e-3
     )
     w2 = result["quality"]["wasserstein2"]
-    assert w2["mean"] > result["quality"]["wasserstein2_of_fresh_data"] > 0
+    fresh = result["quality"]["wasserstein2_of_fresh_data"]
+    assert w2["mean"] > fresh["mean"] > 0
+    other = [two_moons.moons(2000, 0.05, 0, 3, k) for k in range(2)]  # one for each seed
+    want = [metrics.wasserstein2(x, np.asarray(held_out)) for x in other]
+    np.testing.assert_allclose(fresh["per_seed"], want, rtol=1e-6)
     assert w2["standard_deviation_over_seeds"] == pytest.approx(np.std(w2["per_seed"], ddof=1))
     for name in ("density.png", "curve.png"):
         assert np.asarray(Image.open(run / "evaluation" / name)).std() > 1
