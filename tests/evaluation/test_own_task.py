@@ -12,6 +12,8 @@ from fmjax import harness
 from fmjax.evaluation import evaluate, export, sample
 from fmjax.harness import keys
 
+pytestmark = pytest.mark.slow  # all evaluate or draw
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

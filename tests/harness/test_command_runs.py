@@ -67,6 +67,7 @@ def interrupting(function, count):
     return told
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_and_in_training_and_in_writing(tmp_path, capsys, monkeypatch):
     """Each time the folder is usable; in training the step is ended and saved."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)

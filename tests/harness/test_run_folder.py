@@ -73,6 +73,7 @@ def test_losses_are_means_over_the_steps_since_the_line_before(tmp_path, whole):
         assert row["examples_per_second"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_per_dispatch", [1, 3])
 def test_a_run_that_was_stopped_anywhere_has_the_lines_of_one_that_never_was(
     tmp_path, whole, steps_per_dispatch
@@ -235,6 +236,7 @@ def steps_kept(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_milestones_stay_and_of_the_others_the_latest_three(tmp_path):
     run(tmp_path / "run", num_steps=48, checkpoint_every=4, keep_every=12)
     assert steps_kept(tmp_path / "run") == [12, 24, 36, 40, 44, 48]

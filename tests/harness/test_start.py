@@ -257,6 +257,7 @@ def command(*args):
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["--workdir {}", "--workdir={}", None])
 def test_a_refused_folder_comes_with_a_command_that_works(tmp_path, monkeypatch, capsys, form):
     """Its words quoted, the new folder the first that is free."""
@@ -279,6 +280,7 @@ def test_a_refused_folder_comes_with_a_command_that_works(tmp_path, monkeypatch,
     assert record["config"]["learning_rate"] == 0.5 and record["config"]["seed"] == 7
 
 
+@pytest.mark.slow
 def test_fewer_steps_and_other_data_come_with_a_command_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command("--num-steps", 4) == 0

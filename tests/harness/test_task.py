@@ -46,6 +46,7 @@ def test_init_is_the_state_before_the_first_step():
         jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
+@pytest.mark.slow
 def test_jitted_and_eager_steps_are_the_same():
     task = tiny.make_task(tiny.Config())
     state, batch = task.init(KEY), task.batch(np.arange(16))

@@ -61,6 +61,7 @@ def test_labels_change_nothing_else_that_is_drawn():
     assert abs(dropped.mean() - 0.1) < 5 * (0.09 / 1000) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_velocity_of_labels_and_of_guidance():
     model = images.make_unet(config(model=TINY), 10)
     x, labels, t = jax.random.normal(KEY, (3, 8, 8, 1)), jnp.array([1, 4, 9]), jnp.asarray(0.3)

@@ -51,6 +51,7 @@ def test_rows_are_standardised_and_conditions_are_told(table):
     assert (rows.train.condition["known"] == 1).all() and len(rows.held_out.x) >= 20
 
 
+@pytest.mark.slow
 def test_densities_are_in_the_original_units(table, monkeypatch):
     """Of a flow that stays where it is: the product of normals with the columns' moments."""
     still(monkeypatch)
@@ -109,6 +110,7 @@ def test_from_training_to_evaluation_and_samples_under_a_condition(table):
         sample.main(dataclasses.replace(wanted, given=(1.0, 2.0), out=table.parent / "d.npz"))
 
 
+@pytest.mark.slow
 def test_another_table_is_refused(table):
     """Other units, other conditions, other rows that are held out: each is another table."""
     flags = config(table, condition=("c",))

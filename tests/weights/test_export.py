@@ -8,6 +8,7 @@ import pytest
 from fmjax import models, weights
 
 
+@pytest.mark.slow
 def test_parameters_come_back_to_the_bit(tmp_path):
     model = models.UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, num_classes=3)
     params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 4, 4, 1)))
