@@ -59,6 +59,7 @@ def test_losses_and_parameters_are_those_of_the_data_in_memory(tmp_path, stored,
         jax.tree.map(np.testing.assert_array_equal, state, want)
 
 
+@pytest.mark.slow
 def test_several_steps_are_read_at_once(tmp_path, stored, in_memory):
     """And give the losses of single steps, to the scan's rounding."""
     run(tmp_path / "run", stored["map"], steps_per_dispatch=5)
