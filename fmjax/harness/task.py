@@ -93,9 +93,9 @@ class Task(NamedTuple):
     init: Init
     step: training.TrainStep
     velocity: Callable[[Any, Any], Velocity]
-    finish: Callable[["Trained", pathlib.Path, jax.Array], dict[str, Any]] | None = None
-    evaluate: Callable[["Trained", pathlib.Path, Any], dict[str, Any]] | None = None
-    preview: Callable[["Trained", jax.Array], np.ndarray] | None = None
+    finish: Callable[[Any, pathlib.Path, jax.Array], dict[str, Any]] | None = None
+    evaluate: Callable[[Any, pathlib.Path, Any], dict[str, Any]] | None = None
+    preview: Callable[[Any, jax.Array], np.ndarray] | None = None
     samples: Samples | None = None
     num_held_out: int = 0
     held_out: Batch | None = None
