@@ -8,6 +8,7 @@ error 0.01).
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ def moons(num: int, noise: float, *seed: int) -> np.ndarray:
 
 
 def make_task(config: Config) -> harness.Task:
+    if not 0 <= config.noise < math.inf:
+        raise ValueError(f"--noise must be zero or more; got {config.noise}.")
     x1 = moons(50_000, config.noise, config.seed, 0)
     held_out = moons(max(config.eval_examples, 2048), config.noise, config.seed, 1)
     model, (path, coupling, times) = points.make_mlp(config), choices.choose(config)

@@ -71,8 +71,8 @@ def held_out_loss(trained: Trained, folder: pathlib.Path, config: Config) -> dic
     loss = jax.jit(lambda state, key, batch: task.step(state, key, batch)[1].loss)
     key = keys.key(config.seeds[0], "held out")
     values = [
-        float(loss(state, jax.random.fold_in(key, k), task.held_out(np.arange(k, k + size))))
-        for k in range(0, num - size + 1, size)
+        float(loss(state, jax.random.fold_in(key, k), task.held_out(k * size + np.arange(size))))
+        for k in range(num // size)  # as in a run's previews
     ]
     error = standard_error(np.asarray(values))
     figure = f"{np.mean(values):.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -16,6 +16,7 @@ def check_numbers(
     may_be_zero: Collection[str] = (),
     may_be_empty: Collection[str] = (),
     below_one: Collection[str] = (),
+    among: Collection[str] | None = None,
 ) -> None:
     """Refuses numbers that are negative, zero, infinite or NaN, and lists without a value.
 
@@ -24,11 +25,14 @@ def check_numbers(
       may_be_zero: the flags that may be zero, by the names of their fields, "model.dropout".
       may_be_empty: the flags that may have no value.
       below_one: the flags that are less than one.
+      among: the fields of `config` that are checked; None for all.
 
     Raises:
       ValueError: naming the flag, what it must be and what was got.
     """
     for name, value in _leaves(config):
+        if among is not None and name.split(".")[0] not in among:
+            continue
         several = isinstance(value, tuple | list)
         values = [x for x in (value if several else [value]) if _is_number(x)]
         if several and not value and name not in may_be_empty:

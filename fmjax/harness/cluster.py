@@ -158,8 +158,9 @@ class Preemption:
     def watch(self) -> Iterator["Preemption"]:
         """Takes the two signals for as long as the context lasts.
 
-        The first Ctrl-C is answered at once, also while a program compiles; a second one ends the
-        process on the spot, whose checkpoints are complete or not there.
+        The first Ctrl-C is answered at once, also while a program compiles; a second one ends a
+        command on the spot, whose checkpoints are complete or not there. A notebook's process holds
+        more than the run, and goes on.
         """
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
@@ -207,7 +208,8 @@ def _answered() -> Iterator[None]:
     there, here = socket.socketpair()
     here.setblocking(False)
     before = signal.set_wakeup_fd(here.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer, args=(there,), daemon=True)
+    ends = not hasattr(sys, "ps1") and "ipykernel" not in sys.modules
+    thread = threading.Thread(target=_answer, args=(there, ends), daemon=True)
     thread.start()
     try:
         yield
@@ -218,18 +220,26 @@ def _answered() -> Iterator[None]:
         there.close()
 
 
-def _answer(signals: socket.socket) -> None:
-    """Reads the numbers of the signals that come, until nobody writes them any more."""
+def _answer(signals: socket.socket, ends: bool) -> None:
+    """Reads the numbers of the signals that come, until nobody writes them any more.
+
+    Args:
+      signals: where the numbers come from, a byte each.
+      ends: whether a second SIGINT ends the process.
+    """
     count = 0
     while number := signals.recv(1):
-        count += number[0] == signal.SIGINT
-        if number[0] == signal.SIGINT:
-            with contextlib.suppress(OSError):  # stderr may be closed
-                os.write(2, _AGAIN if count == 1 else _ABORTED)
-            if count > 1:
-                os._exit(128 + signal.SIGINT)
+        if number[0] != signal.SIGINT:
+            continue
+        count += 1
+        said = (_AGAIN if ends else _SAVED) if count == 1 else _ABORTED if ends else b""
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, said)
+        if count > 1 and ends:
+            os._exit(128 + signal.SIGINT)
 
 
+_SAVED = b"\nThis step ends and is saved.\n"
 _AGAIN = b"\nThis step ends and is saved; Ctrl-C once more stops without saving.\n"
 _ABORTED = b"\nStopped. The last complete checkpoint stays: start the command again.\n"
 _THREE = "--cluster.coordinator HOST:PORT, --cluster.num-processes N and --cluster.process-id I"

@@ -104,9 +104,14 @@ def begin(config: RunConfig) -> None:
 
 
 def check_flags(config: RunConfig) -> None:
-    """Refuses flags that can't work on any devices, which it does not ask for."""
+    """Refuses flags that can't work on any devices, which it does not ask for.
+
+    Of a user's own flags it knows no bounds: those that the package declares are checked.
+    """
+    classes = [cls for cls in type(config).__mro__ if cls.__module__.startswith("fmjax.")]
     check_numbers(
         config,
+        among={name for cls in classes for name in vars(cls).get("__annotations__", {})},
         may_be_zero=_MAY_BE_ZERO,
         may_be_empty=_MAY_BE_EMPTY,
         below_one={"model.dropout"},

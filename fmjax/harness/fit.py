@@ -57,16 +57,14 @@ def fit(
     last = begin(keys.key(seed, "parameters")) if state is None else state
     start = int(last.step)
     order = data.batches(task.num_examples, batch_size, seed=seed, start_step=start)
-    step = sharding.jit_train_step(task.step, mesh)
+    step, key = sharding.jit_train_step(task.step, mesh), keys.key(seed, "training")
     losses: list[Any] = []
     with progress(
         total=num_steps, initial=start, unit="step", leave=False, disable=not bar
     ) as shown:
         for number in range(start + 1, num_steps + 1):
             batch = jax.tree.map(lambda x: x[0], gather(task.batch, next(order)[None]))
-            last, metrics = step(
-                last, keys.key(seed, "training"), sharding.shard_batch(batch, mesh)
-            )
+            last, metrics = step(last, key, sharding.shard_batch(batch, mesh))
             losses.append(metrics.loss)
             if len(losses) > 1:  # the one before, while this one is running
                 losses[-2] = _finite(losses[-2], number - 1)

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from fmjax import training
+from fmjax.guidance import batched_guidance
 from fmjax.sources import Source
 from fmjax.training import digests
 from fmjax.types import Velocity, kind, returned
@@ -162,8 +163,6 @@ def guided(task: Task, params: Any, condition: Any, scale: float) -> Velocity:
         return task.velocity(params, condition)
     if condition is None:
         raise ValueError(f"Guidance needs a condition to be guided to; got none, scale {scale}.")
-    from fmjax.guidance import batched_guidance
-
     check_guidance(task, scale)
     assert task.samples is not None  # else check_guidance has raised
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import data
+from fmjax.tasks.facts import known_or
 from fmjax.training import digests
 
 _FACTS = frozenset({"event_shape", "num_levels", "num_classes", "num_examples", "sha256"})
@@ -48,15 +49,7 @@ class Pictures:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """`describe` of the images that are trained on."""
-        known = self._config.known
-        if known is None:
-            return describe(self.train)
-        if missing := _FACTS - known.keys():
-            raise ValueError(
-                f"config.json must say {', '.join(sorted(missing))} of the images; it does not. "
-                "Evaluate it with the version that trained it, or train again."
-            )
-        return known
+        return known_or(self._config.known, _FACTS, lambda: describe(self.train))
 
     @property
     def event_shape(self) -> tuple[int, ...]:

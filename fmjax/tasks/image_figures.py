@@ -15,11 +15,10 @@ import fmjax as fm
 from fmjax import plotting
 from fmjax.data import pixels
 from fmjax.evaluation.errors import standard_error
-from fmjax.guidance import batched_guidance
 from fmjax.harness import cluster
 from fmjax.harness.config import mesh
 from fmjax.harness.start import say
-from fmjax.harness.task import Trained
+from fmjax.harness.task import Trained, guided
 from fmjax.tasks.image_data import Images, Pictures, rows_of
 from fmjax.training import sharding
 
@@ -44,13 +43,11 @@ def finish(
     return figures
 
 
-def guided(velocity_of: VelocityOf, params: Any, labels: Any, null: Any, scale: float) -> Any:
-    """The velocity under the labels, guided away from that of none."""
-    if labels is None or scale == 1:
-        return velocity_of(params, labels)
-    return batched_guidance(
-        lambda t, x, labels: velocity_of(params, labels)(t, x), labels, null, scale
-    )
+def guidance_of(config: Any) -> float:
+    """The scale that a run's samples are drawn with: as the flag says, or 2 where it was learnt."""
+    if config.guidance is not None:
+        return config.guidance
+    return 2.0 if config.conditional and config.label_dropout else 1.0
 
 
 def save_samples(
@@ -65,8 +62,7 @@ def save_samples(
     Of a conditional network every class has a row of its own, real images beside the drawn ones.
     """
     config, num_classes = trained.config, pictures.num_classes
-    learnt = config.conditional and config.label_dropout > 0
-    scale = config.guidance or (2.0 if config.guidance is None and learnt else 1.0)
+    task, scale = trained.task._replace(velocity=velocity_of), guidance_of(config)
     controller = diffrax.PIDController(rtol=config.sample_tolerance, atol=config.sample_tolerance)
     labels, num = None, config.num_samples
     if config.conditional:
@@ -75,7 +71,7 @@ def save_samples(
 
     @jax.jit
     def solve(params: Any, x0: jax.Array, labels: Any) -> fm.Trajectory:
-        velocity = guided(velocity_of, params, labels, num_classes, scale)
+        velocity = guided(task, params, labels, scale)
         ts = jnp.linspace(0.0, 1.0, FRAMES)
         return fm.integrate(velocity, x0, ts=ts, stepsize_controller=controller)
 

@@ -185,11 +185,8 @@ def draw_samples(
     data: Data, trained: Trained, folder: pathlib.Path, key: jax.Array
 ) -> dict[str, Any]:
     """Draws samples over all devices; in the plane their ways, the density and an animation."""
-    config, samples, rows = (
-        trained.config,
-        trained.task.samples,
-        np.arange(trained.config.num_samples),
-    )
+    config, samples = trained.config, trained.task.samples
+    rows = np.arange(config.num_samples)
     assert samples is not None  # make_task
     say(f"Drawing {len(rows)} samples ...")
     condition = trained.condition(rows)

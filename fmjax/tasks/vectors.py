@@ -21,6 +21,7 @@ import fmjax as fm
 from fmjax import data, inference, models, plotting, training
 from fmjax.harness.task import Init, Samples, Task, Trained
 from fmjax.tasks import points
+from fmjax.tasks.facts import known_or
 from fmjax.training import digests
 
 
@@ -89,15 +90,7 @@ class Vectors:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """`describe` of the table; of a finished run what its folder says."""
-        known = self._config.known
-        if known is None:
-            return self.describe()
-        if missing := _FACTS - known.keys():
-            raise ValueError(
-                f"config.json must say {', '.join(sorted(missing))} of the table; it does not. "
-                "Evaluate it with the version that trained it, or train again."
-            )
-        return known
+        return known_or(self._config.known, _FACTS, self.describe)
 
     def describe(self) -> dict[str, Any]:
         """What a run folder keeps of the table that is there now."""

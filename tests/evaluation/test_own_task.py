@@ -29,8 +29,8 @@ def test_without_an_evaluation_the_held_out_loss_is_measured(folder, average):
     result = evaluate.main(flags)
     params = params_at(folder, 5, "ema_params" if average else "params")
     values, task = [], tiny.make_task(tiny.Config())
-    for start in range(0, 40, 8):
-        key = jax.random.fold_in(jax.random.fold_in(keys.key(4, "held out"), start), 0)
+    for k, start in enumerate(range(0, 40, 8)):  # the keys of a run's previews
+        key = jax.random.fold_in(jax.random.fold_in(keys.key(4, "held out"), k), 0)
         key_draw, key_loss = jax.random.split(key)
         batch = task.held_out(np.arange(start, start + 8))
         values.append(float(tiny.loss(params, key_loss, tiny.draw(key_draw, batch)).mean()))

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ import time
 
 import pytest
 from made_runs import final_state, rows
+
+from fmjax.harness import cluster
 
 pytestmark = pytest.mark.slow  # each starts processes
 TESTS = pathlib.Path(__file__).parents[1]
@@ -102,3 +105,18 @@ def test_two_in_a_row_leave_the_last_complete_checkpoint(tmp_path):
     again.interrupt()  # one alone ends the step and saves it
     assert again.end() == 130 and ABORTED not in again.said
     assert "SIGINT came" in again.said and f"saved at step {saved(folder)}" in again.said
+
+
+@pytest.mark.parametrize(("ends", "said"), [(True, b"Ctrl-C once more"), (False, b"is saved.")])
+def test_a_notebooks_process_is_not_ended(monkeypatch, ends, said):
+    """Two interrupts of a cell: its other variables stay."""
+    here, there = socket.socketpair()
+    written, ended = [], []
+    monkeypatch.setattr(os, "write", lambda file, text: written.append((file, text)))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    here.sendall(bytes([signal.SIGTERM, signal.SIGINT, signal.SIGINT]))
+    here.close()
+    cluster._answer(there, ends)
+    there.close()
+    assert written[0][0] == 2 and said in written[0][1]
+    assert ended == ([130] if ends else [])

@@ -324,3 +324,25 @@ def test_batches_of_the_wrong_number_are_refused_before_the_first_step(tmp_path)
     with pytest.raises(ValueError, match="--batch-size must be at most the 60 examples"):
         run(tmp_path / "run", batch_size=64)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_the_files_of_others(tmp_path):
+    """What a task has written into the run folder is not the harness's to remove."""
+
+    def make_task(config):
+        def batch(rows):
+            (config.folder / "precious.txt").write_text("mine")
+            raise ValueError("no more rows")
+
+        return tiny.make_task(config)._replace(batch=batch)
+
+    with pytest.raises(ValueError, match="no more rows"):
+        run(tmp_path / "new" / "run", make_task)
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["precious.txt"]
+
+
+def test_a_task_that_can_not_be_imported_again_is_told_of(tmp_path, capsys):
+    run(tmp_path / "a", num_steps=1)
+    assert "can't be imported" not in capsys.readouterr().err
+    run(tmp_path / "b", lambda config: tiny.make_task(config), num_steps=1)
+    assert "<lambda> as what made the run, which can't be imported" in capsys.readouterr().err

@@ -178,3 +178,25 @@ def test_data_sets_that_are_none(tmp_path, dataset, message):
         image_data.load(config(dataset=dataset), "train")
     with pytest.raises(ValueError, match="--image-size is for --dataset folder:PATH"):
         image_data.load(config(dataset="mnist", image_size=8), "train")
+
+
+@pytest.mark.parametrize(
+    ("flags", "scale"),
+    [
+        ({"guidance": None}, 2.0),
+        ({"guidance": 0.0}, 0.0),  # of no class at all
+        ({"guidance": 1.5}, 1.5),
+        ({"label_dropout": 0.0, "guidance": None}, 1.0),
+        ({"conditional": False, "guidance": None}, 1.0),
+    ],
+)
+def test_samples_are_guided_where_guidance_was_learnt(flags, scale):
+    images.check_conditions(config(**flags))
+    assert image_figures.guidance_of(config(**flags)) == scale
+
+
+def test_one_class_is_no_condition(tmp_path):
+    file = tmp_path / "plain.npz"
+    np.savez(file, images=np.zeros((20, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="several classes; .* has 1. Give --no-conditional"):
+        images.open_images(config(dataset=f"npz:{file}"))
