@@ -291,11 +291,10 @@ def make_task(
     return points.make_task(config, table.facts, load, init, step, velocity, samples)
 
 
-def log_prob(config: VectorConfig, trained: Trained, x: Any, conditions: Any = None) -> np.ndarray:
+def log_prob(trained: Trained, x: Any, conditions: Any = None) -> np.ndarray:
     """log p of rows in the table's own units, in nats.
 
     Args:
-      config: the run's flags, `trained.config`.
       trained: the run, from `fmjax.harness.read.read`.
       x: `[num, D]`, in original units.
       conditions: `[num, C]`, in original units; None for a run without conditions.
@@ -303,7 +302,7 @@ def log_prob(config: VectorConfig, trained: Trained, x: Any, conditions: Any = N
     Returns:
       `[num]`, float64.
     """
-    table = open_vectors(config)
+    table = open_vectors(trained.config)
     z = jnp.asarray(inference.standardize(table.standardizer, np.asarray(x, np.float64)))
     given = None if table.of_conditions is None else as_condition(table.of_conditions, conditions)
     solve = jax.jit(lambda params, z, given: fm.log_prob(trained.velocity(params, given), z))

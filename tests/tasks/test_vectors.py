@@ -63,7 +63,7 @@ def test_densities_are_in_the_original_units(table, monkeypatch):
     mean, std = rows.standardizer
     x = inference.unstandardize(rows.standardizer, rows.held_out.x)
     want = -0.5 * (((x - mean) / std) ** 2).sum(1) - np.log(std).sum() - np.log(2 * np.pi)
-    np.testing.assert_allclose(vectors.log_prob(flags, trained, x), want, rtol=1e-4)
+    np.testing.assert_allclose(vectors.log_prob(trained, x), want, rtol=1e-4)
     np.testing.assert_allclose(summary["log_likelihood"], want[:50].mean(), rtol=1e-4)
     assert experiment_task.samples.num_classes is None
     table.unlink()  # samples know their units from the run folder
