@@ -49,7 +49,6 @@ ARROWS = {
     "tasks": {
         "data",
         "evaluation",
-        "guidance",
         "harness",
         "inference",
         "models",
