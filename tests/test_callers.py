@@ -341,6 +341,7 @@ def test_channels_first_are_named():
         model.init(KEY, T, jnp.zeros((2, 3, 32, 32)))
 
 
+@pytest.mark.slow
 def test_old_and_new_keys_draw_the_same():
     def drawn(key):
         levels = jnp.arange(6, dtype=jnp.uint8).reshape(1, 6)

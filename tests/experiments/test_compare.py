@@ -154,6 +154,7 @@ def test_every_line_names_sides_of_its_own_row():
             assert {name.split("/")[0] for name in (line.ours, *line.peers)} <= set(row.sides)
 
 
+@pytest.mark.slow
 def test_selu_by_exp_is_selu_up_to_rounding():
     x = jnp.concatenate([jnp.linspace(-20, 5, 1001), jnp.array([0.0, 1e-8, -1e-8, -1e4, 1e4])])
     for order in range(3):
@@ -163,6 +164,7 @@ def test_selu_by_exp_is_selu_up_to_rounding():
         np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=4e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_the_examples_last_the_network_is_the_same():
     last, first = fm_mlp.MLP(examples_last=True), fm_mlp.MLP()
     x, t = points.normal(8), jnp.linspace(0, 1, 8)

@@ -46,6 +46,7 @@ def draw(images, module=digits, **kwargs):
     return parts(module, config(module, **kwargs))[0](KEY, Images(images, None))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [17, 256])
 def test_bits_per_dim_of_a_standard_normal(levels):
     images = np.random.default_rng(0).integers(0, levels, (50, 8, 8, 1), np.uint8)

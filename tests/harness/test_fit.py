@@ -35,6 +35,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_fit_is_the_loop_by_hand_to_the_bit():
     state, found = harness.fit(task(), 12, batch_size=16, seed=3)
     want, want_losses = by_hand(12, seed=3)

@@ -41,6 +41,7 @@ def in_memory(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["map", "array_record"])
 def test_losses_and_parameters_are_those_of_the_data_in_memory(tmp_path, stored, in_memory, name):
     run(tmp_path / "whole", stored[name])

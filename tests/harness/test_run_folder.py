@@ -108,6 +108,7 @@ def test_lines_after_the_checkpoint_that_a_run_resumes_from_are_dropped(tmp_path
     assert shown(tmp_path / "run") == shown(whole)
 
 
+@pytest.mark.slow
 def test_a_rate_that_nobody_knows_is_not_in_the_lines(tmp_path):
     """Plain SGD records none: no NaN, no null, and TensorBoard has no curve of it."""
 
@@ -123,6 +124,7 @@ def test_a_rate_that_nobody_knows_is_not_in_the_lines(tmp_path):
     assert "train/loss" in tags and "train/learning_rate" not in tags
 
 
+@pytest.mark.slow
 def test_loggers_get_every_line_as_it_is_written(tmp_path):
     seen = []
     config = tiny.Config(workdir=tmp_path / "run", preview_every=8, **STEPS)
@@ -154,6 +156,7 @@ def held_out_loss(params, seed=0):
     return np.mean(found)
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_those_of_the_parameters_at_that_step(previewed):
     found = {row["step"]: row["held_out_loss"] for row in rows(previewed) if "held_out_loss" in row}
     assert list(found) == [8, 16, 24, 25]  # the last step has one too

@@ -49,6 +49,7 @@ def test_without_a_flag_the_folder_is_named_after_experiment_and_data(
     assert record["config_class"] == "test_start:OfData"
 
 
+@pytest.mark.slow
 def test_the_first_line_names_device_parameters_data_batch_and_where_it_goes_on(tmp_path, capsys):
     folder = tmp_path / "run"
     run(folder)
@@ -86,6 +87,7 @@ def test_the_summary_is_what_train_returns_and_the_tasks_own_figures_are_in_it(t
 # Fine-tuning
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_average_of_another(tmp_path):
     run(tmp_path / "first")
     # A rate that moves nothing: what is saved are the parameters of the beginning.
@@ -98,6 +100,7 @@ def test_a_run_begins_with_the_average_of_another(tmp_path):
     assert not np.array_equal(last["w"], want["w"])
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_does_not_ask_for_what_it_began_with(tmp_path):
     run(tmp_path / "first")
     flags = {"init_from": tmp_path / "first", "num_steps": 2}
@@ -299,6 +302,7 @@ def test_fewer_steps_and_other_data_come_with_a_command_too(tmp_path, monkeypatc
     assert "python -m tiny --num-steps 6 --workdir runs/tiny-2" in said
 
 
+@pytest.mark.slow
 def test_steps_can_not_be_skipped_by_an_optimiser_that_would_take_them(tmp_path):
     adam = optax.adam(1e-3)
 

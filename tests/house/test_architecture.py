@@ -194,7 +194,13 @@ def test_every_public_name_stands_in_the_readme():
     assert not missing
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if ">>>" in MODULES[m].read_text()])
+SLOW = ("fmjax.solve.each",)  # its solves take longer to compile than all others
+EXAMPLES = [m for m in MODULES if ">>>" in MODULES[m].read_text()]
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in EXAMPLES]
+)
 def test_docstring_examples_run(module):
     """By their module's own names alone, as `python -m doctest` runs them."""
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -226,6 +226,7 @@ def test_grey_images_are_repeated(protocol):
     np.testing.assert_array_equal(protocol.preprocess(grey), want)
 
 
+@pytest.mark.slow
 def test_features_are_each_images_own(encoder):
     features = encoder(LEGACY_TENSORFLOW).features
     turned = features(images()[::-1])[::-1]

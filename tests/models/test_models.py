@@ -383,6 +383,7 @@ def test_the_kernels_of_a_cpu_give_the_same_numbers():
         assert relative(a, b) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_number_of_groups_is_an_attribute():
     """32 groups, as in the published networks, wherever they divide the width: at 32, 64, 96."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 96)), jnp.float32)

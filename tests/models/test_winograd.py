@@ -104,7 +104,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("hessian_w", "reverse_over_reverse_w", "gradients_per_example")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_equals_the_direct_convolution(name):
     with jax.enable_x64(True):
         arrays = draw(jnp.float64)

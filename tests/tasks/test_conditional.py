@@ -48,6 +48,7 @@ def test_a_batch_of_another_number_of_examples_is_refused(batch):
         loop.gather(batch, np.zeros((2, 3), int))
 
 
+@pytest.mark.slow
 def test_labels_change_nothing_else_that_is_drawn():
     """The same noise, times and pixels; a tenth of the labels is the null class, 10."""
     dataset = image_data.load(config(), "train[:1000]")

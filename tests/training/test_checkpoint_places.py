@@ -99,6 +99,7 @@ print("errors", errors)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_leaves_the_last_good_checkpoint(tmp_path):
     inside = 'mount -t tmpfs -o size=4m none "$1" || exit 77; exec "$2" -c "$3" "$1"'
     command = ["unshare", "-rm", "sh", "-c", inside, "sh", str(tmp_path), sys.executable, FULL]

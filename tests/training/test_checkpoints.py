@@ -284,6 +284,7 @@ checkpoints.save(manager, make_state(2, 2**23), {}, wait=True)
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_was_killed_is_no_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}

@@ -82,6 +82,7 @@ def test_the_loss_curve_is_that_of_one_device(name, num_devices, fsdp):
     assert np.std(expected) > 1e-3  # another batch, another loss
 
 
+@pytest.mark.slow
 def test_several_steps_at_a_time_are_those_steps():
     losses, state = train(*MODELS["mlp"], 8, 4, steps_per_dispatch=5)
     expected, other = trained("mlp", 1, 1)
