@@ -7,14 +7,13 @@ JAX computes is done by all; printing, drawing and the files beside the checkpoi
 import contextlib
 import dataclasses
 import os
-import pathlib
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -144,6 +143,12 @@ def main_first(act: Callable[[], T]) -> T | None:
     return result
 
 
+def gather(value: bool) -> np.ndarray:
+    """What each process says, `[process]`, to all of them."""
+    one = np.asarray([value])
+    return one if jax.process_count() == 1 else multihost_utils.process_allgather(one).ravel()
+
+
 class Preemption:
     """Notices SIGTERM and SIGINT: the step in flight shall end and its state be kept.
 
@@ -193,7 +198,7 @@ class Preemption:
             return True
         return self.came()
 
-    def exit(self, folder: pathlib.Path, step: int) -> SystemExit:
+    def exit(self, folder: Any, step: int) -> SystemExit:
         """Says what happened; the exit code is 128 and the signal's number, as a shell's."""
         assert self.signal is not None, "nothing has been reached"
         if is_main():

@@ -3,21 +3,22 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 from typing import Annotated, Any
 
 import jax
 import tyro
+from etils import epath
 from jax.sharding import Mesh
 
+from fmjax.harness import places
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.cluster import ClusterConfig, join
 from fmjax.training import sharding
 
 # Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every", "known"})
-FREE |= {"keep_every", "preview_every", "cpu_threads", "frames", "side"}
+FREE |= {"bucket_patience", "keep_every", "preview_every", "cpu_threads", "frames", "side"}
 FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "cluster"}
 FREE |= {"data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
@@ -37,8 +38,8 @@ _MAY_BE_EMPTY = frozenset({"model.attention_resolutions", "columns", "condition"
 class RunConfig:
     """The flags that all experiments share."""
 
-    workdir: pathlib.Path | None = None
-    """Run folder, else runs/EXPERIMENT-DATASET. Started again in the same folder, a run resumes
+    workdir: epath.Path | None = None
+    """Run folder, or gs://BUCKET/FOLDER; else runs/EXPERIMENT-DATASET. Started again in the same folder, a run resumes
     from its last checkpoint."""
     seed: int = 0
     """Seed of everything random: parameters, order of the data, noise, times, samples."""
@@ -54,7 +55,7 @@ class RunConfig:
     """Steps between lines in metrics.jsonl; losses there are means over them."""
     preview_every: int = 0
     """Steps between previews, pictures of a few samples, and held-out losses; 0 for none."""
-    init_from: pathlib.Path | None = None
+    init_from: epath.Path | None = None
     """Run folder whose parameters, the moving average, this run begins with: fine-tuning."""
     learning_rate: float = 2e-4
     """Adam's learning rate after the warm-up."""
@@ -74,16 +75,18 @@ class RunConfig:
     """Steps with a loss or gradient that is not finite to leave out before the run stops."""
     cpu_threads: int | None = None
     """Threads of XLA on a CPU; one per core without it. Small networks are faster on one."""
+    bucket_patience: float = 300.0
+    """Seconds for which a bucket may fail before a run in one ends."""
     cluster: ClusterConfig = ClusterConfig()
     """The processes of a pod."""
     known: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """What the data of a finished run are, from its config.json; None in training."""
 
     @property
-    def folder(self) -> pathlib.Path:
-        """The run folder."""
+    def folder(self) -> places.Folder:
+        """The run folder, on a disk or in a bucket."""
         assert self.workdir is not None, "the harness names it before anything asks"
-        return self.workdir
+        return places.as_path(self.workdir)
 
     def data_name(self) -> str:
         """A word for the data, for the run folder's name."""
@@ -117,6 +120,8 @@ def check_flags(config: RunConfig) -> None:
         below_one={"model.dropout"},
     )
     check_seeds("seed", [config.seed])
+    for name in ("workdir", "init_from"):
+        places.check_name(f"--{name.replace('_', '-')}", getattr(config, name) or "")
     if config.ema_decay > 1:
         raise ValueError(f"--ema-decay must be in [0, 1]; got {config.ema_decay}.")
     if config.checkpoint_every % config.steps_per_dispatch:

@@ -25,8 +25,9 @@ class Events:
 
     def __init__(self, folder: pathlib.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
-        self._file = open(folder / name, "ab")  # noqa: SIM115 (open as long as the run)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{first_step}"
+        self.path = folder / name
+        self._file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
         self._write(Event(file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.SessionStatus.START)
         self._write(Event(step=first_step, session_log=start))

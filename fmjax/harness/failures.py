@@ -57,7 +57,7 @@ class NotFinite:
         saved = self._run.saved_step
         good = "there is no checkpoint" if saved is None else f"the last good one is step {saved}"
         raise FloatingPointError(
-            f"{what} The run stops; of the checkpoints in {self._run.folder} {good}. A lower "
+            f"{what} The run stops; of the checkpoints in {self._run.address} {good}. A lower "
             "--learning-rate is the usual fix; --max-skipped-steps, in another folder, leaves "
             "such steps out."
         )

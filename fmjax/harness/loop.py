@@ -118,7 +118,7 @@ def train(
             pending = (dispatch, metrics, batches)
             if count == 0:
                 jax.block_until_ready(metrics)
-                run.begun = True  # from here on the folder is worth keeping
+                run.begin()
                 watch.compiled, first_end = time.perf_counter(), dispatch.last
             stop = preemption.reached(count)
             done = dispatch.last == config.num_steps
@@ -130,7 +130,7 @@ def train(
                 watch.keep(dispatch.last)
                 run.save(state, wait=done or stop)
             if stop or (done and preemption.came()):  # also during the last save
-                raise preemption.exit(run.folder, dispatch.last)
+                raise preemption.exit(run.address, dispatch.last)
     return state, watch.rate(config.num_steps - first_end)
 
 

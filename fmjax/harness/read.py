@@ -7,14 +7,14 @@ own is found where Python finds it, in the working folder for instance.
 import dataclasses
 import importlib
 import json
-import pathlib
+import os
 import types
 import typing
 from typing import Any, NamedTuple
 
 import jax
 
-from fmjax.harness import command
+from fmjax.harness import command, places
 from fmjax.harness.config import RunConfig
 from fmjax.harness.task import Task, Trained, check_guidance, guided
 from fmjax.training import checkpoints
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike[str],
     condition: Any = None,
     *,
     guidance: float = 1.0,
@@ -59,12 +59,12 @@ def load(
       >>> x0 = task.samples.source.sample(jax.random.key(0), 10)  # doctest: +SKIP
       >>> digits = fm.sample(velocity, x0)  # doctest: +SKIP
     """
-    trained = read(pathlib.Path(folder), average=average, guidance=guidance)
+    trained = read(places.as_path(folder), average=average, guidance=guidance)
     velocity = guided(trained.task, trained.params, condition, guidance)
     return Loaded(trained.task, trained.params, velocity)
 
 
-def read(folder: pathlib.Path, *, average: bool = True, guidance: float = 1.0) -> Trained:
+def read(folder: places.Folder, *, average: bool = True, guidance: float = 1.0) -> Trained:
     """The run in a folder, with the parameters of its latest checkpoint on the host.
 
     Args:
@@ -85,7 +85,7 @@ def read(folder: pathlib.Path, *, average: bool = True, guidance: float = 1.0) -
     return Trained(task, record["experiment"], config, step, params, average, guidance)
 
 
-def restore_params(folder: pathlib.Path, example: Any, *, average: bool = True) -> tuple[Any, int]:
+def restore_params(folder: places.Folder, example: Any, *, average: bool = True) -> tuple[Any, int]:
     """The parameters of a run's latest checkpoint, on the host, and their step.
 
     Args:
@@ -108,7 +108,7 @@ def restore_params(folder: pathlib.Path, example: Any, *, average: bool = True) 
     return params, step
 
 
-def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
+def read_config(folder: places.Folder) -> tuple[dict[str, Any], Any]:
     """What config.json holds, and the flags in it as the class that it names.
 
     The flags say where the run folder is today, and what its data are.
@@ -149,7 +149,7 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
     return record, dataclasses.replace(config, workdir=folder, known=record.get("data"))
 
 
-def imported(address: str, path: pathlib.Path, what: str) -> Any:
+def imported(address: str, path: places.Folder, what: str) -> Any:
     """What is at an address "module:name", as config.json has it."""
     module, _, name = address.partition(":")
     try:
@@ -182,8 +182,8 @@ def _value(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is types.UnionType:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         return None if value is None else _value(kinds[0], value)
-    if hint is pathlib.Path:
-        return pathlib.Path(value)
+    if isinstance(hint, type) and issubclass(hint, os.PathLike):
+        return places.as_path(value)
     if hint in _SCALARS and (
         not isinstance(value, _SCALARS[hint]) or (hint is not bool and isinstance(value, bool))
     ):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -12,8 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
+import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -23,19 +23,20 @@ from fmjax.training.checkpoints import CheckpointSaveError
 # What the system says of a disk that is full, over its quota, read-only, closed to us or broken.
 _OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 _OF_DISKS |= {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 
 class DiskError(OSError):
     """A folder can't be written; the message says what of it is kept."""
 
 
-def claim(folder: pathlib.Path) -> TextIO:
+def claim(folder: pathlib.Path) -> contextlib.ExitStack:
     """Makes a run folder and holds it for this process.
 
     Raises:
       ValueError: if it can't be written, or another process holds it.
     """
-    for part in (folder, folder / "checkpoints", folder / "samples"):
+    for part in (folder, folder / "samples"):
         make_folder(part)
     return lock(folder)
 
@@ -57,29 +58,40 @@ def make_folder(folder: pathlib.Path) -> None:
         ) from None
 
 
-def lock(folder: pathlib.Path) -> TextIO:
-    """Holds the folder for this process; the system lets go of it however the process ends."""
+def lock(folder: pathlib.Path) -> contextlib.ExitStack:
+    """Holds the folder for this process; the system lets go of it however the process ends.
+
+    Returns:
+      What lets go of it when it is closed or left.
+
+    Raises:
+      ValueError: if the folder can't be written, or another process holds it. A disk without locks
+        is warned about.
+    """
+    held = filelock.FileLock(
+        folder / "lock", blocking=False, thread_local=False, fallback_to_soft=False
+    )
+    stack = contextlib.ExitStack()
     try:
-        file = open(folder / "lock", "w")  # noqa: SIM115 (open as long as the run)
-    except OSError as error:
-        raise ValueError(
-            f"A folder must be one that can be written; got {folder}: {error.strerror}. Take "
-            "another one, or make room there."
-        ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if not isinstance(error, BlockingIOError):
-            raise ValueError(
-                f"A run folder must be on a disk that knows file locks; got {folder}: "
-                f"{error.strerror}. Take another one."
-            ) from None
+        held.acquire()
+        stack.callback(held.release)
+    except filelock.Timeout:
         raise ValueError(
             f"A run folder is one process's at a time; another is running in {folder}. Wait for "
             "it, or take another folder."
         ) from None
-    return file
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise ValueError(
+                f"A folder must be one that can be written; got {folder}: {error.strerror}. Take "
+                "another one, or make room there."
+            ) from None
+        print(
+            f"{folder} lies on a disk without file locks ({error.strerror}): see to it yourself "
+            "that no second run is started there.",
+            file=sys.stderr,
+        )
+    return stack
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ A run folder holds
     not_finite_*.npz batches whose loss or gradient was not finite
 
 A run that is started again in its folder resumes from the last checkpoint. In a pod all processes
-share the folder; process 0 writes all but the checkpoints.
+share the folder, which may be a bucket's (`places` says how); process 0 writes all but the
+checkpoints.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from fmjax import plotting, training
-from fmjax.harness import cluster, command
+from fmjax.harness import cluster, command, places
 from fmjax.harness.config import FREE, RunConfig, flags
 from fmjax.harness.events import Events
 from fmjax.harness.records import (
@@ -82,15 +83,19 @@ class Run:
         data: dict[str, Any] | None = None,
         make_task: Callable[..., Any] | None = None,
     ):
-        self.folder = config.folder
+        self.address = config.folder
+        self._place = places.Place(self.address, config.bucket_patience)
+        self.folder = self._place.folder
         self.config = config
-        self.begun = self.folder.exists()  # whether there is anything to keep
+        self.begun = self.address.exists()  # whether there is anything to keep
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self._flags = flags(config)
+        self._place.open()
         self._lock = cluster.main_first(lambda: claim(self.folder))
+        places.check_shared(self.address)
         with writing(self.folder, lambda: "nothing was begun"):
             self._manager = checkpoints.open_manager(
-                self.folder / "checkpoints", keep_every=config.keep_every
+                self.address / "checkpoints", keep_every=config.keep_every
             )
         try:
             self._check_config()
@@ -128,26 +133,24 @@ class Run:
 
     def _kept(self) -> str:
         """What a run that can't go on leaves to the next start."""
-        folders = (self.folder / "checkpoints").glob("*")  # none where the folder is gone again
-        steps = [int(path.name) for path in folders if path.name.isdigit()]
+        steps = checkpoints.steps_in(self.address / "checkpoints")
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
     def _close(self, *, failed: bool) -> None:
-        try:
-            self._manager.close()
-        finally:
-            if failed:
-                self._forget()
+        forget = failed and not self.begun
+        with contextlib.ExitStack() as ends:  # each one's turn comes, the last first
             if self._lock is not None:
-                self._lock.close()
+                ends.enter_context(self._lock)
+            if forget and cluster.is_main():
+                ends.callback(self._forget)
+            ends.callback(self._place.close, forget=forget)
+            ends.callback(self._manager.close)
 
     def _forget(self) -> None:
         """Removes what a start that failed has made, where nothing was there before.
 
         Of the folder only what is the harness's own: a file of somebody else's keeps it.
         """
-        if self.begun or not cluster.is_main():
-            return
         for name in ("checkpoints", "compiled", "tensorboard"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("config.json", "metrics.jsonl", "window.json", "lock"):
@@ -166,7 +169,7 @@ class Run:
 
     def _elsewhere(self) -> str:
         """The command that would work: the same one in a folder of its own."""
-        names = (self.folder.with_name(f"{self.folder.name}-{k}") for k in itertools.count(2))
+        names = (self.address.with_name(f"{self.address.name}-{k}") for k in itertools.count(2))
         free = next(path for path in names if not path.exists())
         return f"A run of its own: {command.again('--workdir', str(free))}"
 
@@ -180,7 +183,7 @@ class Run:
             return
         if lines := differences(before, data):
             raise ValueError(
-                f"A run must resume on its own data; that of {self.folder} differs in {lines}. "
+                f"A run must resume on its own data; that of {self.address} differs in {lines}. "
                 f"Bring the data back. {self._elsewhere()}"
             )
 
@@ -198,7 +201,7 @@ class Run:
         step = checkpoints.latest_step(self._manager) or 0
         if step > self.config.num_steps:
             raise ValueError(
-                f"--num-steps must be at least the {step} steps that {self.folder} has done; got "
+                f"--num-steps must be at least the {step} steps that {self.address} has done; got "
                 f"{self.config.num_steps}. {self._elsewhere()}"
             )
 
@@ -211,7 +214,7 @@ class Run:
         if cluster.is_main():
             for bad, reason in damaged:
                 print(
-                    f"The checkpoint of step {bad} in {self.folder} is damaged and was put aside: "
+                    f"The checkpoint of step {bad} in {self.address} is damaged and was put aside: "
                     f"{reason}. The run resumes from step {step}.",
                     file=sys.stderr,
                 )
@@ -224,7 +227,19 @@ class Run:
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.folder / "metrics.jsonl", lines)
+        self._open_events(step)
+
+    def _open_events(self, step: int) -> None:
+        """A new file for what follows this step; the one before is whole, and may be sent."""
+        if self._events is not None:
+            self._events.close()
         self._events = Events(self.folder / "tensorboard", step + 1)
+        self._place.hold(self._events.path)
+
+    def begin(self) -> None:
+        """From here on the folder is worth keeping."""
+        self.begun = True
+        self._place.send()
 
     @property
     def saved_step(self) -> int | None:
@@ -233,6 +248,10 @@ class Run:
         return checkpoints.latest_step(self._manager)
 
     def save(self, state: training.TrainState, *, wait: bool = False) -> None:
+        if places.in_bucket(self.address):
+            cluster.main_first(self._place.check)
+            if self._events is not None:
+                self._open_events(int(state.step))
         checkpoints.save(self._manager, state, self._flags, wait=wait)
 
     def log(self, step: int, row: dict[str, float]) -> None:
@@ -296,9 +315,9 @@ class Run:
         plotting.save(self.folder / "loss.png", plotting.loss_curve(rows))
         write_json(path, summary)
         print(json.dumps(summary, indent=2, ensure_ascii=False))
-        print(f"\nRun folder  {self.folder}")
+        print(f"\nRun folder  {self.address}")
         for name in ("samples", "loss.png", "summary.json", "metrics.jsonl", "checkpoints"):
-            print(f"  {self.folder / name}")
+            print(f"  {self.address / name}")
         print(
-            f"  {self.folder / 'tensorboard'}  (pip install tensorboard; tensorboard --logdir ...)"
+            f"  {self.address / 'tensorboard'}  (pip install tensorboard; tensorboard --logdir ...)"
         )

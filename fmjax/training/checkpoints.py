@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from . import digests, stored
 from .step import TrainState
@@ -90,6 +91,12 @@ def open_manager(
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
     """The step of the latest complete checkpoint, or None where there is none."""
     return manager.latest_step()
+
+
+def steps_in(folder: str | os.PathLike[str]) -> list[int]:
+    """The steps of the complete checkpoints in a folder, which need not be there."""
+    folder = epath.Path(folder)
+    return ocp.utils.checkpoint_steps(folder) if folder.exists() else []
 
 
 def save(

@@ -183,10 +183,18 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def put_aside(manager: ocp.CheckpointManager, damaged: Sequence[Damaged]) -> None:
-    """Renames the folders of damaged steps to `<step>.damaged`, a name that is no checkpoint's."""
+    """Renames the folders of damaged steps to `<step>.damaged`, a name that is no checkpoint's.
+
+    In a bucket nothing can be renamed: there the object that made the checkpoint complete becomes
+    one of that name, which says what was found. Saving the step again replaces the rest.
+    """
     if jax.process_index() == 0:
-        for step, _ in damaged:
+        for step, reason in damaged:
             folder = _folder(manager, step)
+            if "://" in str(folder):
+                (folder.parent / f"{step}.damaged").write_text(reason)
+                (folder / "commit_success.txt").unlink(missing_ok=True)
+                continue
             taken = len(list(folder.parent.glob(f"{step}.damaged*")))
             folder.rename(folder.with_name(f"{step}.damaged" + (f"-{taken}" if taken else "")))
     if jax.process_count() > 1:
