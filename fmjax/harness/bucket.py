@@ -12,11 +12,14 @@ ends without having written.
 """
 
 import asyncio
+import inspect
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -25,8 +28,8 @@ import gcsfs.core
 from etils import epath
 from gcsfs.retry import HttpError, is_retriable
 
-REQUEST_SECONDS = 60.0  # for one request to be answered; an array's file may be of many megabytes
-PROBE_SECONDS = 10.0
+from fmjax.harness import cluster
+
 _COMMIT = "commit_success.txt"  # Orbax's last object of a checkpoint
 
 
@@ -38,6 +41,7 @@ class Patient(gcsfs.core.GCSFileSystem):
     """gcsfs with patience, without caches of what others may have changed, behind a fence."""
 
     patience = 300.0
+    request_seconds = 60.0  # for one to be answered; it may carry many megabytes
     fences: dict[str, "Fence"] = {}
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -46,24 +50,24 @@ class Patient(gcsfs.core.GCSFileSystem):
         super().__init__(*args, **kwargs | {"use_listings_cache": False})
 
     async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-        attempt = gcsfs.core.GCSFileSystem._request.__wrapped__  # without gcsfs's own six tries
+        attempt: Any = inspect.unwrap(gcsfs.core.GCSFileSystem._request)  # without its six tries
         deadline, wait = time.monotonic() + self.patience, 0.5
         while True:
             try:
                 call = attempt(self, method, path, *args, **kwargs)
-                return await asyncio.wait_for(call, REQUEST_SECONDS)
+                return await asyncio.wait_for(call, self.request_seconds)
             except Exception as error:
                 if not passing(error) or time.monotonic() + wait > deadline:
                     raise
             await asyncio.sleep(wait)
             wait = min(2 * wait, 15.0)
 
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:  # pyright: ignore
         if mode != "rb" and path.endswith(_COMMIT):
             for folder, fence in self.fences.items():
                 if path.removeprefix("gs://").startswith(folder):
                     fence.before_commit()
-        return super()._open(path, mode, **kwargs)
+        return super()._open(path, mode, *args, **kwargs)
 
 
 def passing(error: BaseException) -> bool:
@@ -75,9 +79,9 @@ def passing(error: BaseException) -> bool:
     return is_retriable(error)
 
 
-def register(patience: float) -> None:
+def register(patience: float | None = None) -> None:
     """Makes `gs://` patient in this process, for epath and for Orbax."""
-    Patient.patience = patience
+    Patient.patience = Patient.patience if patience is None else patience
     for protocol in Patient.protocol:
         fsspec.register_implementation(protocol, Patient, clobber=True)
 
@@ -130,7 +134,7 @@ class Fence:
       flush: called before a checkpoint is made complete, to send what belongs to it.
     """
 
-    def __init__(self, folder: epath.Path, flush: Any):
+    def __init__(self, folder: epath.Path, flush: Callable[[], None]):
         self._folder, self._flush = folder, flush
         self._path, self._token = folder / "owner.json", uuid.uuid4().hex
         Patient.fences[f"{str(folder).removeprefix('gs://')}/checkpoints/"] = self
@@ -164,3 +168,62 @@ class Fence:
         if forget:
             self.check()
             self._path.unlink()
+
+
+class Watchdog:
+    """Ends this process when a save can't come to its end, which others would wait for for ever.
+
+    TensorStore goes on asking for a quarter of an hour, and then the processes wait for each other.
+    As long as a save is in progress, this asks the bucket for the token by requests of its own;
+    when all have failed for `patience` seconds, the process ends.
+
+    Args:
+      folder: the run folder.
+      patience: seconds.
+      saving: whether a save is in progress.
+      kept: says what a run that starts again goes on from.
+    """
+
+    every = 10.0
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        patience: float,
+        saving: Callable[[], bool],
+        kept: Callable[[], str],
+    ):
+        self._folder, self._patience = folder, patience
+        self._saving, self._kept = saving, kept
+        self._probe = Patient(skip_instance_cache=True)
+        self._probe.patience, self._probe.request_seconds = 0.0, self.every
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="fmjax-watchdog").start()
+
+    def _watch(self) -> None:
+        failing = None  # since when
+        while not self._ended.wait(self.every):
+            if not self._saving():
+                failing = None
+                continue
+            began = time.monotonic()
+            try:
+                self._probe.cat_file(f"{self._folder}/owner.json")
+                failing = None
+            except Exception as error:
+                failing = began if failing is None else failing
+                if time.monotonic() - failing > self._patience:
+                    self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]
+        say = (
+            f"\nerror: {cluster.where()}{self._folder} has not answered for {self._patience:.0f} s "
+            f"({type(error).__name__}: {reason}); {self._kept()}. Start again when it does; "
+            "--bucket-patience waits longer.\n"
+        )
+        os.write(2, say.encode())
+        os._exit(2)
+
+    def close(self) -> None:
+        self._ended.set()

@@ -118,6 +118,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def where() -> str:
+    """What begins another process's message: its number and its host; empty for process 0."""
+    return "" if is_main() else f"process {jax.process_index()} on {socket.gethostname()}: "
+
+
 def main_first(act: Callable[[], T]) -> T | None:
     """Process 0 acts, the others wait; what it raises stops all of them.
 

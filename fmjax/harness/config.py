@@ -39,8 +39,8 @@ class RunConfig:
     """The flags that all experiments share."""
 
     workdir: epath.Path | None = None
-    """Run folder, or gs://BUCKET/FOLDER; else runs/EXPERIMENT-DATASET. Started again in the same folder, a run resumes
-    from its last checkpoint."""
+    """Run folder, or gs://BUCKET/FOLDER; else runs/EXPERIMENT-DATASET. Started again in the same
+    folder, a run resumes from its last checkpoint."""
     seed: int = 0
     """Seed of everything random: parameters, order of the data, noise, times, samples."""
     num_steps: int = 1000

@@ -59,9 +59,19 @@ def check_name(name: str, folder: Any) -> None:
         raise ValueError(f"{name} in a bucket needs gcsfs: pip install 'fmjax[gcs]'; got {folder}.")
 
 
-def as_path(folder: str | os.PathLike[str]) -> Folder:
-    """A folder of a disk or a bucket."""
-    return epath.Path(folder) if in_bucket(os.fspath(folder)) else pathlib.Path(folder)
+def as_path(folder: str | os.PathLike[str], name: str = "A run folder") -> Folder:
+    """A folder of a disk or a bucket.
+
+    Raises:
+      ValueError: as `check_name` does.
+    """
+    check_name(name, folder)
+    if not in_bucket(folder):
+        return pathlib.Path(folder)
+    from fmjax.harness import bucket  # an extra's packages
+
+    bucket.register()
+    return epath.Path(folder)
 
 
 def check_shared(folder: Folder) -> None:
@@ -78,7 +88,7 @@ def check_shared(folder: Folder) -> None:
         token.write_text("")
     try:
         deadline = time.monotonic() + SHARED_SECONDS
-        while not (seen := token.exists()) and time.monotonic() < deadline:
+        while not (seen := _is_there(token)) and time.monotonic() < deadline:
             time.sleep(0.2)
         blind = np.flatnonzero(~cluster.gather(seen))
     finally:
@@ -90,6 +100,14 @@ def check_shared(folder: Folder) -> None:
             f"process {', '.join(map(str, blind))}. Give --workdir gs://BUCKET/FOLDER, or a folder "
             "on a disk that all hosts mount."
         )
+
+
+def _is_there(path: Folder) -> bool:
+    """Whether it is; also False where it can't be asked for."""
+    try:
+        return path.exists()
+    except Exception:  # of a network or of rights, of many kinds
+        return False
 
 
 class Place:
@@ -108,6 +126,8 @@ class Place:
         self.address, self.folder = address, pathlib.Path(address)
         self._sender: Sender | None = None
         self._fence: Any = None
+        self._dog: Any = None
+        self._patience = patience
         if in_bucket(address):
             from fmjax.harness import bucket  # an extra's packages
 
@@ -124,9 +144,12 @@ class Place:
             return
         from fmjax.harness import bucket
 
-        if cluster.is_main():
+        def prepare() -> None:
             bucket.check(self.address)  # pyright: ignore[reportArgumentType]
             lay_out(self.address, self.folder)
+
+        cluster.main_first(prepare)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sender = Sender(self.address, self.folder, bucket.write)
         if fenced and cluster.is_main():
             self._fence = bucket.Fence(self.address, self._sender.flush)  # pyright: ignore
@@ -143,6 +166,13 @@ class Place:
         if self._sender is not None and self._sender.error is not None:
             raise self._sender.error
 
+    def watch(self, saving: Callable[[], bool], kept: Callable[[], str]) -> None:
+        """Ends this process if a save can't come to its end."""
+        if in_bucket(self.address):
+            from fmjax.harness import bucket
+
+            self._dog = bucket.Watchdog(self.address, self._patience, saving, kept)  # pyright: ignore
+
     def hold(self, path: pathlib.Path | None) -> None:
         """This file is not sent as long as it is the one that is held."""
         if self._sender is not None:
@@ -150,6 +180,8 @@ class Place:
 
     def close(self, *, forget: bool = False) -> None:
         """Sends the rest; with `forget` nothing, and takes back the claim."""
+        if self._dog is not None:
+            self._dog.close()
         try:
             if self._sender is not None:
                 self._sender.close(send=not forget)
@@ -229,9 +261,11 @@ class Sender:
         while not self._ended.wait(1.0):
             try:
                 self._send(every=EVERY_SECONDS)
-            except Exception as error:
+            except ValueError as error:  # another run's folder by now
                 self.error = error
                 return
+            except Exception:  # an outage: it is tried again
+                self._ended.wait(EVERY_SECONDS)
 
     def flush(self) -> None:
         """Sends all that has changed, now."""

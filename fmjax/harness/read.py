@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import types
 import typing
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def _value(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is types.UnionType:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         return None if value is None else _value(kinds[0], value)
-    if isinstance(hint, type) and issubclass(hint, os.PathLike):
+    if isinstance(hint, type) and issubclass(hint, pathlib.PurePath):
         return places.as_path(value)
     if hint in _SCALARS and (
         not isinstance(value, _SCALARS[hint]) or (hint is not bool and isinstance(value, bool))

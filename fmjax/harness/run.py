@@ -97,6 +97,7 @@ class Run:
             self._manager = checkpoints.open_manager(
                 self.address / "checkpoints", keep_every=config.keep_every
             )
+        self._place.watch(self._manager.is_saving_in_progress, self._kept)
         try:
             self._check_config()
             self._check_data(data)
@@ -133,7 +134,11 @@ class Run:
 
     def _kept(self) -> str:
         """What a run that can't go on leaves to the next start."""
-        steps = checkpoints.steps_in(self.address / "checkpoints")
+        if places.in_bucket(self.address):  # without asking it
+            steps = list(self._manager.all_steps())
+            steps = steps[:-1] if self._manager.is_saving_in_progress() else steps
+        else:
+            steps = checkpoints.steps_in(self.address / "checkpoints")
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
     def _close(self, *, failed: bool) -> None:
@@ -248,6 +253,8 @@ class Run:
         return checkpoints.latest_step(self._manager)
 
     def save(self, state: training.TrainState, *, wait: bool = False) -> None:
+        if self._manager.is_saving_in_progress() and cluster.is_main():
+            print(f"The checkpoint of step {int(state.step)} waits until the last one is written.")
         if places.in_bucket(self.address):
             cluster.main_first(self._place.check)
             if self._events is not None:
