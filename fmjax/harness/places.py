@@ -9,14 +9,10 @@ in the scratch. On a disk the run folder is the scratch, and nothing is sent.
 """
 
 import contextlib
-import hashlib
 import importlib.util
-import math
 import os
 import pathlib
 import re
-import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,9 +25,7 @@ from jax.experimental import multihost_utils
 
 from fmjax.harness import cluster
 
-EVERY_SECONDS = 30.0
 SHARED_SECONDS = 30.0
-_LOCAL = ("checkpoints", "compiled")  # folders that are not sent
 Folder = pathlib.Path | epath.Path
 
 
@@ -68,9 +62,9 @@ def as_path(folder: str | os.PathLike[str], name: str = "A run folder") -> Folde
     check_name(name, folder)
     if not in_bucket(folder):
         return pathlib.Path(folder)
-    from fmjax.harness import bucket  # an extra's packages
+    from fmjax.harness import patient  # an extra's packages
 
-    bucket.register()
+    patient.register()
     return epath.Path(folder)
 
 
@@ -110,200 +104,70 @@ def _is_there(path: Folder) -> bool:
         return False
 
 
-class Place:
-    """A folder and the local one in which its files are written.
-
-    Args:
-      address: the folder, on a disk or in a bucket.
-      patience: seconds for which a bucket may fail.
+class Disk:
+    """A folder in which a run's small files are written; on a disk it is the run folder itself.
 
     Attributes:
-      address: as given.
-      folder: the local one.
+      folder: a local one.
     """
 
-    def __init__(self, address: Folder, patience: float = 300.0):
-        self.address, self.folder = address, pathlib.Path(address)
-        self._sender: Sender | None = None
-        self._fence: Any = None
-        self._dog: Any = None
-        self._patience = patience
-        if in_bucket(address):
-            from fmjax.harness import bucket  # an extra's packages
+    folder: pathlib.Path
 
-            bucket.register(patience)
-            self.folder = scratch(address)
+    def __init__(self, folder: Any):
+        self.folder = pathlib.Path(folder)
 
-    def open(self, *, fenced: bool = True) -> None:
-        """Makes the local folder like the bucket's and takes it; by every process.
+    def open(self, *, alone: bool = True) -> None:
+        """Makes the local folder like the run folder; by every process.
+
+        Args:
+          alone: whether the folder is this run's alone from now on.
 
         Raises:
-          ValueError: if the bucket can't be written.
+          ValueError: if it is a bucket's that can't be written.
         """
-        if not in_bucket(self.address):
-            return
-        from fmjax.harness import bucket
-
-        def prepare() -> None:
-            bucket.check(self.address)  # pyright: ignore[reportArgumentType]
-            lay_out(self.address, self.folder)
-
-        cluster.main_first(prepare)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._sender = Sender(self.address, self.folder, bucket.write)
-        if fenced and cluster.is_main():
-            self._fence = bucket.Fence(self.address, self._sender.flush)  # pyright: ignore
-            self._fence.raise_it()
-            self._sender.before = self._fence.check
 
     def send(self) -> None:
-        """From now on a thread sends what is written."""
-        if self._sender is not None:
-            self._sender.start()
+        """From now on what is written is sent, by a thread."""
 
     def check(self) -> None:
-        """Raises what has ended the sending, an `OwnerError` for one."""
-        if self._sender is not None and self._sender.error is not None:
-            raise self._sender.error
+        """Raises what has ended the sending."""
 
     def watch(self, saving: Callable[[], bool], kept: Callable[[], str]) -> None:
-        """Ends this process if a save can't come to its end."""
-        if in_bucket(self.address):
-            from fmjax.harness import bucket
+        """Ends this process if a save can't come to its end.
 
-            self._dog = bucket.Watchdog(self.address, self._patience, saving, kept)  # pyright: ignore
+        Args:
+          saving: whether one is in progress.
+          kept: says what a run that starts again goes on from.
+        """
 
-    def hold(self, path: pathlib.Path | None) -> None:
+    def hold(self, path: pathlib.Path) -> None:
         """This file is not sent as long as it is the one that is held."""
-        if self._sender is not None:
-            self._sender.held = path
 
     def close(self, *, forget: bool = False) -> None:
-        """Sends the rest; with `forget` nothing, and takes back the claim."""
-        if self._dog is not None:
-            self._dog.close()
-        try:
-            if self._sender is not None:
-                self._sender.close(send=not forget)
-        finally:
-            if self._fence is not None:
-                self._fence.drop(forget=forget)
+        """Sends the rest; with `forget` nothing, and takes back what `open` claimed."""
+
+
+def place(address: Folder, patience: float = 300.0) -> Disk:
+    """Where the small files of a run folder are written.
+
+    Args:
+      address: the run folder, on a disk or in a bucket.
+      patience: seconds for which a bucket may fail.
+    """
+    if not in_bucket(address):
+        return Disk(address)
+    from fmjax.harness.bucket import Bucket  # an extra's packages
+
+    return Bucket(epath.Path(address), patience)
 
 
 @contextlib.contextmanager
 def at_hand(address: Folder) -> Iterator[pathlib.Path]:
     """A local folder like this one; what is written there is sent as it comes, and at the end."""
-    place = Place(address)
-    place.open(fenced=False)
-    place.send()
+    here = place(address)
+    here.open(alone=False)
+    here.send()
     try:
-        yield place.folder
+        yield here.folder
     finally:
-        place.close()
-
-
-def scratch(address: Folder) -> pathlib.Path:
-    """This process's local folder for a bucket's, the same at each start on this host."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(address).removeprefix("gs://"))
-    name += "-" + hashlib.sha256(str(address).encode()).hexdigest()[:8]
-    number = f"-process-{jax.process_index()}" if jax.process_index() else ""
-    return pathlib.Path(tempfile.gettempdir()) / f"fmjax-{os.getuid()}" / (name + number)
-
-
-def lay_out(address: Folder, folder: pathlib.Path) -> None:
-    """Makes the local folder like the bucket's, but for checkpoints and compiled programs."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    there = {path.relative_to(address): path for path in _files(address)}
-    for path in _files(folder):
-        if path.relative_to(folder) not in {pathlib.PurePosixPath(p) for p in there}:
-            path.unlink()  # of a start whose files were never sent
-    for name, path in there.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(path.read_bytes())
-
-
-def _files(folder: Any) -> Iterator[Any]:
-    """The files that are sent, in this folder and those below."""
-    if not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            if path.name not in _LOCAL:
-                yield from _files(path)
-        elif path.suffix != ".tmp" and path.name not in ("lock", "owner.json"):
-            yield path
-
-
-class Sender:
-    """Sends the files of a local folder to a bucket's, those that have changed.
-
-    Attributes:
-      before: called before anything is sent; if it raises, nothing is sent any more.
-      held: a file that is not sent yet.
-      error: what has ended the sending.
-    """
-
-    def __init__(self, address: Folder, folder: pathlib.Path, write: Callable[[Any, bytes], None]):
-        self._address, self._folder, self._write = address, folder, write
-        self.before: Any = lambda: None
-        self.held: pathlib.Path | None = None
-        self.error: Exception | None = None
-        self._sent = {path: (_state(path), -math.inf) for path in _files(folder)}
-        self._turn, self._ended = threading.Lock(), threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="fmjax-sender")
-            self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(1.0):
-            try:
-                self._send(every=EVERY_SECONDS)
-            except ValueError as error:  # another run's folder by now
-                self.error = error
-                return
-            except Exception:  # an outage: it is tried again
-                self._ended.wait(EVERY_SECONDS)
-
-    def flush(self) -> None:
-        """Sends all that has changed, now."""
-        if self.error is not None:
-            raise self.error
-        self._send(every=0.0)
-
-    def _send(self, *, every: float) -> None:
-        with self._turn:
-            due = [path for path in _files(self._folder) if self._due(path, every)]
-            if not due:
-                return
-            self.before()
-            for path in due:
-                state = _state(path)
-                target = self._address / path.relative_to(self._folder)
-                self._write(target, path.read_bytes())
-                self._sent[path] = (state, time.monotonic())
-
-    def _due(self, path: pathlib.Path, every: float) -> bool:
-        if path == self.held:
-            return False
-        state, when = self._sent.get(path, (None, -math.inf))
-        return _state(path) not in (state, None) and time.monotonic() - when >= every
-
-    def close(self, *, send: bool) -> None:
-        """Ends the thread, and sends the rest."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
-        if send:
-            self.held = None
-            self.flush()
-
-
-def _state(path: pathlib.Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:  # renamed or removed meanwhile
-        return None
-    return stat.st_size, stat.st_mtime_ns
+        here.close()

@@ -84,7 +84,7 @@ class Run:
         make_task: Callable[..., Any] | None = None,
     ):
         self.address = config.folder
-        self._place = places.Place(self.address, config.bucket_patience)
+        self._place = places.place(self.address, config.bucket_patience)
         self.folder = self._place.folder
         self.config = config
         self.begun = self.address.exists()  # whether there is anything to keep

@@ -22,7 +22,7 @@ from gcsfs.retry import HttpError
 
 from experiments import two_moons
 from fmjax import training
-from fmjax.harness import bucket, places
+from fmjax.harness import patient, places, scratch
 from fmjax.harness.config import check_flags
 from fmjax.training import checkpoints
 
@@ -83,7 +83,7 @@ def alone(host, *flags, workdir=RUN, devices=4):
 
 
 def objects(server):
-    """The names of all objects in the bucket."""
+    """The names of all objects in the patient."""
     status, _, body = server.forward("GET", "/storage/v1/b/bucket/o?maxResults=1000", b"", {})
     assert status == 200
     return [item["name"] for item in json.loads(body).get("items", ())]
@@ -208,10 +208,10 @@ def test_a_bucket_that_can_not_be_written_is_one_line(server, monkeypatch, fault
     for name, value in server.environ.items():
         monkeypatch.setenv(name, value)
     server.fault = fault
-    bucket.register(1.0)
+    patient.register(1.0)
     name = "gs://bucket/run" if fault else "gs://other/run"
     with pytest.raises(ValueError, match=re.escape(said)):
-        bucket.check(epath.Path(name))
+        patient.check(epath.Path(name))
 
 
 @pytest.fixture
@@ -219,10 +219,10 @@ def store(server, monkeypatch):
     """The bucket in this process."""
     for name, value in server.environ.items():
         monkeypatch.setenv(name, value)
-    bucket.register(20.0)
+    patient.register(20.0)
     fsspec.filesystem("gs").clear_instance_cache()
     yield server
-    bucket.Patient.clear_instance_cache()
+    patient.Patient.clear_instance_cache()
 
 
 @pytest.mark.parametrize("fault", ["503", "cut"])
@@ -231,17 +231,17 @@ def test_an_outage_is_waited_for(store, fault):
     store.fault = fault
     threading.Timer(3, lambda: setattr(store, "fault", None)).start()
     began = time.monotonic()
-    bucket.write(path, b"here")
+    patient.write(path, b"here")
     assert time.monotonic() - began > 2.9
-    assert bucket.read(path) == b"here" == content(store, "word")
+    assert patient.read(path) == b"here" == content(store, "word")
 
 
 def test_patience_ends(store):
-    bucket.register(2.0)
+    patient.register(2.0)
     store.fault = "503"
     began = time.monotonic()
     with pytest.raises(HttpError, match="503 says the proxy"):
-        bucket.read("gs://bucket/word")
+        patient.read("gs://bucket/word")
     assert time.monotonic() - began < 10
 
 
@@ -249,7 +249,7 @@ def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
     folder = tmp_path / "here"
     (folder / "samples").mkdir(parents=True)
     (folder / "compiled").mkdir()
-    sender = places.Sender(epath.Path(RUN), folder, bucket.write)
+    sender = scratch.Sender(epath.Path(RUN), folder, patient.write)
     (folder / "metrics.jsonl").write_text("1\n")
     (folder / "samples" / "a.png").write_bytes(b"picture")
     (folder / "compiled" / "program").write_bytes(b"stays here")
@@ -267,7 +267,7 @@ def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
     other = tmp_path / "there"
     (other / "samples").mkdir(parents=True)
     (other / "samples" / "never_sent.png").write_bytes(b"")
-    places.lay_out(epath.Path(RUN), other)
+    scratch.lay_out(epath.Path(RUN), other)
     assert (other / "samples" / "a.png").read_bytes() == b"picture"
     assert not (other / "samples" / "never_sent.png").exists()
 
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_marked_by_an_object(store):
         for step in (1, 2):
             checkpoints.save(manager, state(step), {}, wait=True)
         record = next(name for name in objects(store) if name.endswith("/2/record/metadata"))
-        bucket.write(f"gs://bucket/{record}", b"{}")
+        patient.write(f"gs://bucket/{record}", b"{}")
         found, damaged = checkpoints.restore_latest_good(manager, state(0))
         assert int(found.step) == 1 and [one.step for one in damaged] == [2]
         assert b"hash" in content(store, "run/checkpoints/2.damaged")
