@@ -91,7 +91,7 @@ class Fence:
     def __init__(self, folder: epath.Path, flush: Callable[[], None]):
         self._folder, self._flush = folder, flush
         self._path, self._token = folder / "owner.json", uuid.uuid4().hex
-        self._key = f"{str(folder).removeprefix('gs://')}/checkpoints/"
+        self._key = f"{str(folder).removeprefix('gs://')}/checkpoints"
         patient.Patient.before_commit[self._key] = self._before_commit
 
     def raise_it(self) -> None:

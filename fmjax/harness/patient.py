@@ -55,9 +55,8 @@ class Patient(gcsfs.core.GCSFileSystem):
 
     def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:  # pyright: ignore
         if mode != "rb" and path.endswith(_COMMIT):
-            for folder, act in self.before_commit.items():
-                if path.removeprefix("gs://").startswith(folder):
-                    act()
+            folder = path.removeprefix("gs://").rsplit("/", 2)[0]  # without the step's
+            self.before_commit.get(folder, lambda: None)()
         return super()._open(path, mode, *args, **kwargs)
 
 

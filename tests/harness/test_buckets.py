@@ -23,7 +23,8 @@ from gcsfs.retry import HttpError
 from experiments import two_moons
 from fmjax import training
 from fmjax.harness import patient, places, scratch
-from fmjax.harness.config import check_flags
+from fmjax.harness.config import RunConfig, check_flags
+from fmjax.harness.run import Run
 from fmjax.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def rows(server, run="run"):
 
 def steps(server, run="run"):
     parts = [name.split("/") for name in objects(server) if name.endswith("/commit_success.txt")]
-    return sorted(int(part[2]) for part in parts if part[:2] == [run, "checkpoints"])
+    return sorted(int(p[2]) for p in parts if p[:2] == [run, "checkpoints"] and len(p) == 4)
 
 
 def wait_for_step(server, step, hosts, processes):
@@ -288,3 +289,70 @@ def test_a_damaged_checkpoint_is_marked_by_an_object(store):
         checkpoints.save(manager, state(2), {}, wait=True)
     with checkpoints.open_manager(f"{RUN}/checkpoints") as manager:
         assert int(checkpoints.restore(manager, state(0)).step) == 2
+
+
+def test_a_checkpoint_costs_ten_requests_of_ours_at_most(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    arrays = {f"w{k}": jnp.ones(3) for k in range(41)}
+    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
+    with Run("tiny", config) as run:
+        state = run.restore(training.TrainState(jnp.int32(0), arrays, arrays, ()))
+        run.begin()
+        for step in (10, 20, 30, 40):
+            before = len(store.requests)
+            run.log(step, {"loss": 1.0})
+            run.keep_window(step, [[1.0, 1.0]])
+            run.preview(step, np.zeros((4, 4, 3), np.uint8))
+            run.save(state._replace(step=jnp.int32(step)), wait=True)
+            asked = [urllib.parse.unquote(path) for _, path in store.requests[before:]]
+            ours = [path for path in asked if "checkpoints" not in path]
+            sent = [path for path in ours if "upload" in path]
+            assert len(sent) >= 4 and len(ours) <= 10, ours
+            assert "preview" in "".join(objects(store))
+    held = json.loads(content(store, "run/window.json"))
+    assert held["40"] == [[1.0, 1.0]]
+    events = [name for name in objects(store) if name.startswith("run/tensorboard/")]
+    assert len(events) == 5  # each once
+
+
+def test_what_a_dead_run_had_not_sent_is_gone(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
+    state = training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
+    with Run("tiny", config) as run:
+        run.restore(state)
+        run.log(10, {"loss": 1.0})
+        run.begin()
+        run.save(state._replace(step=jnp.int32(10)), wait=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 10, "loss": 9.0, "seconds": 0.0}\n')
+    (run.folder / "samples" / "old.png").write_bytes(b"")
+    with Run("tiny", config) as run:
+        assert int(run.restore(state).step) == 10
+        assert [row["loss"] for row in run.metrics()] == [1.0]
+        assert not (run.folder / "samples" / "old.png").exists()
+
+
+def test_a_start_that_fails_leaves_no_object(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
+    with pytest.raises(RuntimeError), Run("tiny", config) as run:
+        run.restore(training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ()))
+        raise RuntimeError("before the first step")
+    assert objects(store) == []
+    assert not run.folder.exists()
+
+
+def test_two_runs_can_not_both_complete_a_checkpoint(store, monkeypatch, tmp_path):
+    state = training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
+    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="Another run has begun"), Run("tiny", config) as run:
+        run.restore(state)
+        run.begin()
+        run.save(state._replace(step=jnp.int32(10)), wait=True)
+        patient.write(f"{RUN}/owner.json", b'{"token": "of another", "host": "elsewhere"}')
+        run.log(20, {"loss": 1.0})
+        with pytest.raises(checkpoints.stored.CheckpointSaveError, match="on elsewhere"):
+            run.save(state._replace(step=jnp.int32(20)), wait=True)
+        assert steps(store) == [10]
+        run._place.check()
