@@ -90,8 +90,8 @@ def _wanted(config: ClusterConfig, given: tuple[object, ...]) -> bool:
     if config.join == "no":
         if told := pods.in_slice():
             print(
-                f"--cluster.join no: {told} names several hosts of a TPU slice, whose runtime waits "
-                "for all of them. Leave the flag out.",
+                f"--cluster.join no: {told} names several hosts of a TPU slice, and its runtime "
+                "waits for all of them. Leave the flag out.",
                 file=sys.stderr,
             )
         return False

@@ -11,7 +11,7 @@ from fmjax.harness import pods
 
 GONE = 134  # the exit code: JAX's own, which aborts where it is the first to notice
 _LOST = re.compile(
-    r".*(Gloo \w+ failed|heartbeat|Socket closed|Connection (closed|reset) by peer|"
+    r".*(Gloo .*failed|heartbeat|Socket closed|Connection (closed|reset) by peer|"
     "coordination service|remote process exited).*"
 )
 _PREFIX = re.compile(r"^[A-Z_]+: |\[external/\S+\] ")  # XLA's kind of error, a line of its code
@@ -43,8 +43,8 @@ def end_if_one_is_gone(error: BaseException | None) -> None:
         return
     sys.stdout.flush()
     print(
-        f"\n{name()}error: Another process of the pod is gone: {reason} The checkpoints that are "
-        "complete stay. Start the command again on every host, or on fewer or more: it resumes.",
+        f"\n{name()}error: Another process of the pod is gone or does not answer: {reason} Complete "
+        "checkpoints stay. Start the command again on every host, or on fewer or more: it resumes.",
         file=sys.stderr,
         flush=True,
     )
