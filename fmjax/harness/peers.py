@@ -43,8 +43,8 @@ def end_if_one_is_gone(error: BaseException | None) -> None:
         return
     sys.stdout.flush()
     print(
-        f"\n{name()}error: Another process of the pod is gone or does not answer: {reason} Complete "
-        "checkpoints stay. Start the command again on every host, or on fewer or more: it resumes.",
+        f"\n{name()}error: A process of the pod is gone or does not answer: {reason} Complete "
+        "checkpoints stay. Start the command again on every host, fewer or more: it resumes.",
         file=sys.stderr,
         flush=True,
     )
