@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from fmjax.harness import cluster, patient, scratch
+from fmjax.harness import cluster, patient, peers, scratch
 from fmjax.harness.places import Disk
 
 
@@ -173,7 +173,7 @@ class Watchdog:
     def _end(self, error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]
         say = (
-            f"\nerror: {cluster.where()}{self._folder} has not answered for {self._patience:.0f} s "
+            f"\n{peers.name()}error: {self._folder} has not answered for {self._patience:.0f} s "
             f"({type(error).__name__}: {reason}); {self._kept()}. Start again when it does; "
             "--bucket-patience waits longer.\n"
         )

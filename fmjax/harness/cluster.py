@@ -12,12 +12,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from fmjax.harness import peers, pods
 
 T = TypeVar("T")
 _JOIN_SECONDS = 300  # JAX's own patience
@@ -32,50 +34,72 @@ class ClusterConfig:
     """The processes of a pod."""
 
     join: Literal["auto", "yes", "no"] = "auto"
-    """Whether to call jax.distributed.initialize: where Slurm, Open MPI or several TPU workers are
-    detected, always, or never."""
+    """Whether to call jax.distributed.initialize: where JAX detects several processes (a TPU slice,
+    Slurm, Open MPI, a job of Kubernetes), always, or never: each process trains a run of its own.
+    """
     coordinator: str | None = None
     """HOST:PORT of process 0, where JAX can't detect it; with the two below."""
     num_processes: int | None = None
     """Processes in all."""
     process_id: int | None = None
     """Number of this process."""
-
-
-def detected(environ: Mapping[str, str]) -> bool:
-    """Whether the environment is that of one process of several."""
-    slurm = "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ  # started by srun
-    sizes = {"OMPI_COMM_WORLD_SIZE"} | ({"SLURM_STEP_NUM_TASKS"} if slurm else set())
-    several = any(int(environ.get(name) or 1) > 1 for name in sizes)
-    return several or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    heartbeat_seconds: int = 100
+    """Seconds without a sign of life after which a process counts as gone, and the others end."""
 
 
 def join(config: ClusterConfig) -> None:
     """Joins the pod, before anything asks for a device; a second call does nothing.
 
+    Without flags a pod is joined where JAX detects one. With `join="no"` nothing is joined, and
+    nothing refused: several runs may be meant, by a sweep's array of jobs say. The hosts of a TPU
+    slice can't mean it, and are warned.
+
     Raises:
       ValueError: if only some of coordinator, num_processes and process_id are given, or one of
-        them can't be; if none is given where JAX detects none; if process 0 is not reached.
+        them can't be; if JAX detects no pod, and the environment is that of one process of several
+        or `join="yes"`; if process 0 is not reached.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     named = sum(value is not None for value in given)
     if named not in (0, 3):
-        raise ValueError(f"{_THREE} go together; got {given}. Give all three, or none where Slurm, "
-                         "Open MPI or a TPU pod tells them.")  # fmt: skip
-    wanted = named == 3 or config.join == "yes" or (config.join == "auto" and detected(os.environ))
-    if config.join == "no" or not wanted or jax.distributed.is_initialized():
+        raise ValueError(f"{pods.THREE} go together; got {given}. Give all three, or none where "
+                         "JAX detects a pod.")  # fmt: skip
+    if jax.distributed.is_initialized():
+        return
+    peers.note(config.process_id)
+    if not _wanted(config, given):
         return
     if named == 3:
         _reach(config)
     try:
         # One that fails alone takes the others with it within a minute.
-        jax.distributed.initialize(*given, shutdown_timeout_seconds=60)
-    except (ValueError, RuntimeError, OSError) as error:
+        jax.distributed.initialize(
+            *given, heartbeat_timeout_seconds=config.heartbeat_seconds, shutdown_timeout_seconds=60
+        )
+    except Exception as error:  # of JAX's, the metadata server's or Kubernetes's client
         raise ValueError(
-            "To join a pod, JAX must detect Slurm, Open MPI or a TPU pod, or be told; it says: "
-            f"{str(error).splitlines()[0]} Give {_THREE}, or --cluster.join no for a run of one "
-            "process."
+            "To join a pod, JAX must detect Slurm, Open MPI, a TPU slice or a job of Kubernetes, "
+            f"or be told; it says: {(str(error) or repr(error)).splitlines()[0]} Give "
+            f"{pods.THREE}, or --cluster.join no for a run of one process."
         ) from error
+
+
+def _wanted(config: ClusterConfig, given: tuple[object, ...]) -> bool:
+    """Whether there is a pod to join."""
+    if config.join == "no":
+        if told := pods.in_slice():
+            print(
+                f"--cluster.join no: {told} names several hosts of a TPU slice, and its runtime "
+                "waits for all of them. Leave the flag out.",
+                file=sys.stderr,
+            )
+        return False
+    if config.join == "yes" or None not in given:
+        return True
+    pod = pods.find()
+    if pod is not None:
+        peers.note(pod.process_id)
+    return pod is not None
 
 
 def _reach(config: ClusterConfig) -> None:
@@ -103,7 +127,9 @@ def _wait_for(host: str, port: int) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
         if deadline is None:
-            print(f"Waiting for process 0 at {host}:{port}: {reason}.", file=sys.stderr)
+            print(
+                f"{peers.name()}waiting for process 0 at {host}:{port}: {reason}.", file=sys.stderr
+            )
             deadline = time.monotonic() + _JOIN_SECONDS
         if time.monotonic() > deadline:
             raise ValueError(
@@ -116,11 +142,6 @@ def _wait_for(host: str, port: int) -> None:
 def is_main() -> bool:
     """Whether this is the process that prints, draws and writes the small files."""
     return jax.process_index() == 0
-
-
-def where() -> str:
-    """What begins another process's message: its number and its host; empty for process 0."""
-    return "" if is_main() else f"process {jax.process_index()} on {socket.gethostname()}: "
 
 
 def main_first(act: Callable[[], T]) -> T | None:
@@ -252,5 +273,4 @@ def _answer(signals: socket.socket, ends: bool) -> None:
 _SAVED = b"\nThis step ends and is saved.\n"
 _AGAIN = b"\nThis step ends and is saved; Ctrl-C once more stops without saving.\n"
 _ABORTED = b"\nStopped. The last complete checkpoint stays: start the command again.\n"
-_THREE = "--cluster.coordinator HOST:PORT, --cluster.num-processes N and --cluster.process-id I"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -5,6 +5,9 @@
     2         an error that can be expected (flags, data, a folder, a full disk, a loss that is not
               finite, a pod that can't be joined), as one message on stderr
     130, 143  Ctrl-C and SIGTERM
+    134       another process of the pod is gone
+
+What a process of a pod says begins with its number and host, unless it is process 0.
 
 Every command has the flag `--traceback`, which shows where an expected error was raised. The flag
 is no field of a Config: no run folder records it. A `main(config)` called from Python raises.
@@ -30,6 +33,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from fmjax.harness import peers
 from fmjax.harness.cluster import ProcessZeroError
 
 _CURRENT: list[tuple[str, tuple[str, ...]]] = []  # name and words of the command that runs
@@ -106,13 +110,16 @@ def _exit_code(act: Callable[[], Any], show: bool) -> int:
         )
         return 130
     except Exception as error:
+        peers.end_if_one_is_gone(error)
         message = in_words(error)
         if message is None:
+            if name := peers.name():
+                error.add_note(f"{name}see above.")
             raise
         if show:
             traceback.print_exception(error)
         else:
-            print(f"error: {message}", file=sys.stderr)
+            print(f"{peers.name()}error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from fmjax import plotting, training
-from fmjax.harness import cluster, command, places
+from fmjax.harness import cluster, command, peers, places
 from fmjax.harness.config import FREE, RunConfig, flags
 from fmjax.harness.events import Events
 from fmjax.harness.records import (
@@ -120,6 +120,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        peers.end_if_one_is_gone(error)  # before anything waits for it
         with writing(self.folder, self._kept):
             try:
                 self._compiled.close()

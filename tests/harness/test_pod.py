@@ -119,23 +119,6 @@ def test_a_pod_is_preempted_killed_and_goes_on_in_one_process(tmp_path):
         assert (tmp_path / name / "summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("environ", "several"),
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # in a batch script, without srun
-        ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-    ],
-)
-def test_a_cluster_is_detected(environ, several):
-    assert cluster.detected(environ) is several
-
-
 def test_half_an_address_is_refused():
     config = cluster.ClusterConfig(coordinator="127.0.0.1:1")
     with pytest.raises(ValueError, match="go together.*Give all three"):
