@@ -19,9 +19,11 @@ from typing import Literal, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 T = TypeVar("T")
 _JOIN_SECONDS = 300  # JAX's own patience
+_FOREVER = 10**9  # milliseconds, eleven days; a process that dies ends it
 
 
 class ProcessZeroError(RuntimeError):
@@ -136,12 +138,22 @@ def main_first(act: Callable[[], T]) -> T | None:
         except Exception as caught:
             error = caught
     if jax.process_count() > 1:
+        wait("process 0")  # which may have worked for longer than a collective waits
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
         if failed and error is None:
             raise ProcessZeroError("Process 0 can't continue; its message says why.")
     if error is not None:
         raise error
     return result
+
+
+def wait(name: str) -> None:
+    """Blocks until all processes of the pod have come here, however long that takes.
+
+    Args:
+      name: what is waited for.
+    """
+    multihost.get_barrier_sync_fn()(key=f"fmjax {name}", timeout_ms=_FOREVER)
 
 
 class Preemption:
