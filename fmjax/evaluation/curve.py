@@ -8,7 +8,7 @@ asked for (1e-6 in the plane): distances that have become level with its own err
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 from fmjax import plotting
 from fmjax.evaluation import drawing
 from fmjax.evaluation.protocol import Config
-from fmjax.harness import keys
-from fmjax.harness.store import Store, progress
+from fmjax.harness import cluster, keys, share
+from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
 
@@ -33,7 +33,7 @@ def measure(
     seed: int,
     tight: float,
 ) -> list[dict[str, Any]]:
-    """The curve's points.
+    """The curve's points, solved by all processes of a pod and measured by process 0.
 
     Args:
       trained: the model.
@@ -48,23 +48,35 @@ def measure(
     Returns:
       One row per point and a last one for the exact flow, what stands in evaluation.json under
       "curve". All points share their noise: their differences are far better known than the
-      standard errors say, which are those of the samples.
+      standard errors say, which are those of the samples. In a pod's
+      other processes there are none.
     """
     solve, source = drawing.make_solve(trained), trained.source
     key = keys.key(seed, "curve")
 
-    def samples(way: drawing.Way) -> drawing.Drawn:
+    def samples(way: drawing.Way) -> list[share.Batch]:
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
         name = f"seed_{seed}_{way.solver}_{how}"
-        return drawing.draw(
+        return drawing.batches(
             solve, way, store, name, key, source, batch_size, num, trained.condition
         )
 
     exact = drawing.Way("Tsit5", tolerance=tight)
-    x1 = samples(exact).x1
-    rows = []
-    for way in progress([*points, exact], "solvers"):
-        drawn = samples(way)
+    found = {way: samples(way) for way in (exact, *points)}
+    share.solve([batch for batches in found.values() for batch in batches], "solvers")
+    return cluster.main_first(lambda: _rows([*points, exact], found, num, quality)) or []
+
+
+def _rows(
+    ways: Sequence[drawing.Way],
+    found: Mapping[drawing.Way, Sequence[share.Batch]],
+    num: int,
+    quality: Callable[[np.ndarray], Estimate],
+) -> list[dict[str, Any]]:
+    """One row per way; the last is the exact one."""
+    x1, rows = drawing.joined(found[ways[-1]], num).x1, []
+    for way in ways:
+        drawn = drawing.joined(found[way], num)
         figure = quality(drawn.x1)
         row = {
             "num_evaluations": drawn.num_evaluations,
@@ -98,7 +110,8 @@ def draw(
         seed=config.seeds[0],
         tight=tight,
     )
-    plotting.save(folder / "curve.png", plotting.cost_curve(rows, label=label))
+    if cluster.is_main():
+        plotting.save(folder / "curve.png", plotting.cost_curve(rows, label=label))
     return rows
 
 

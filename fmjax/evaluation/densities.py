@@ -10,6 +10,7 @@ estimate. So the probes of an image are the same for all its draws, their values
 the draws are weighted, and the variance that remains is reported, from two probes on.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import diffrax
@@ -22,10 +23,10 @@ import fmjax as fm
 from fmjax import data
 from fmjax.data import dequantization
 from fmjax.harness import keys
-from fmjax.harness.store import Store, progress
+from fmjax.harness.share import Batch, put
+from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate
-from fmjax.training import sharding
 
 
 class Likelihood(NamedTuple):
@@ -48,6 +49,56 @@ class Likelihood(NamedTuple):
     settings: dict[str, Any]
 
 
+Solve = tuple[int, int, float]  # first image, draw, tolerance
+
+
+def batches(
+    how: Likelihood,
+    trained: Trained,
+    dataset: data.ImageDataset,
+    store: Store,
+    seed: int,
+    *,
+    conditional: bool,
+) -> dict[Solve, Batch]:
+    """The batches that `measure` reads, to be solved by the processes of a pod.
+
+    The last one is the first batch at a tenth of the tolerance: the solver's own error.
+
+    Args:
+      how: the estimator.
+      trained: the model.
+      dataset: the images, all of them are used.
+      store: where the log-weights of each batch are kept.
+      seed: of the draws and probes.
+      conditional: whether the likelihood is given the images' labels.
+    """
+    log_weights, images = _log_weights_fn(how, trained), dataset.images
+    labels = dataset.labels if conditional else None
+    key = keys.key(seed, "likelihood")
+
+    def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:
+        rows = np.arange(start, start + how.batch_size) % len(images)  # a short one is filled up
+        key_batch = jax.random.fold_in(key, start)
+        weights, evaluations = log_weights(
+            trained.params,
+            jax.random.fold_in(key_batch, 1 + draw),
+            jax.random.fold_in(key_batch, 0),
+            *put((images[rows], None if labels is None else labels[rows])),
+            tolerance,
+        )
+        return {"log_weights": np.asarray(weights), "num_evaluations": np.asarray(evaluations)}
+
+    starts = range(0, len(images), how.batch_size)
+    solves = [(start, draw, how.tolerance) for draw in range(how.num_draws) for start in starts]
+    solves.append((0, 0, how.tolerance / 10))
+    names = (f"batch_{i:06d}_draw_{draw:04d}_tolerance_{tol:.3g}" for i, draw, tol in solves)
+    return {
+        solve: Batch(store, name, functools.partial(batch, *solve), "log-densities")
+        for solve, name in zip(solves, names, strict=True)
+    }
+
+
 def measure(
     how: Likelihood,
     trained: Trained,
@@ -60,42 +111,14 @@ def measure(
     """The bounds of `dataset.images`, the solver's own error and the cost.
 
     Args:
-      how: the estimator.
-      trained: the model.
-      dataset: the images, all of them are used.
-      store: where the log-weights of each batch are kept.
-      seed: of the draws and probes.
-      conditional: whether the likelihood is given the images' labels.
+      how, trained, dataset, store, seed, conditional: as for `batches`, whose numbers it takes.
 
     Returns:
       What stands in evaluation.json under "likelihood".
     """
-    log_weights = _log_weights_fn(how, trained)
-    images, mesh = dataset.images, sharding.make_mesh()
-    labels = dataset.labels if conditional else None
-    key = keys.key(seed, "likelihood")
-
-    def batch(start: int, draw: int, tolerance: float) -> dict[str, np.ndarray]:
-        rows = np.arange(start, start + how.batch_size) % len(images)  # a short one is filled up
-        key_batch = jax.random.fold_in(key, start)
-        weights, evaluations = log_weights(
-            trained.params,
-            jax.random.fold_in(key_batch, 1 + draw),
-            jax.random.fold_in(key_batch, 0),
-            *sharding.shard_batch((images[rows], None if labels is None else labels[rows]), mesh),
-            tolerance,
-        )
-        return {"log_weights": np.asarray(weights), "num_evaluations": np.asarray(evaluations)}
-
-    starts = range(0, len(images), how.batch_size)
-    tasks = [(start, draw, how.tolerance) for draw in range(how.num_draws) for start in starts]
-    tasks.append((0, 0, how.tolerance / 10))  # the solver's own error, on the first batch
-    done = {}
-    for task in progress(tasks, "log-densities"):
-        start, draw, tolerance = task
-        name = f"batch_{start:06d}_draw_{draw:04d}_tolerance_{tolerance:.3g}"
-        done[task] = store.get(name, lambda task=task: batch(*task))
-
+    solves = batches(how, trained, dataset, store, seed, conditional=conditional)
+    done = {solve: batch.get() for solve, batch in solves.items()}
+    images, starts = dataset.images, range(0, len(dataset.images), how.batch_size)
     weights = np.stack(
         [
             np.concatenate([done[start, draw, how.tolerance]["log_weights"] for start in starts], 1)
@@ -109,7 +132,7 @@ def measure(
         "num_images": len(images),
         "bounds": bounds,
         "solver_error": _solver_error(done, how, images.shape),
-        "num_evaluations": float(np.mean([done[t]["num_evaluations"] for t in tasks[:-1]])),
+        "num_evaluations": float(np.mean([done[t]["num_evaluations"] for t in [*done][:-1]])),
         "seconds": round(float(sum(d["seconds"] for d in done.values())), 1),
         "estimator": how.settings,
     }

@@ -1,5 +1,6 @@
 """Drawing samples from a trained run: by which solver, in batches, each batch computed once."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,10 @@ import jax
 import numpy as np
 
 import fmjax as fm
-from fmjax.harness.progress import progress
+from fmjax.harness.share import Batch, put
 from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
 from fmjax.sources import Source
-from fmjax.training import sharding
 
 SOLVERS = {
     "Euler": (diffrax.Euler(), 1, 0),  # with its evaluations per step, and before the first
@@ -84,7 +84,7 @@ def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[
     return solve
 
 
-def draw(
+def batches(
     solve: Solve,
     way: Way,
     store: Store,
@@ -95,8 +95,8 @@ def draw(
     num: int,
     condition: Callable[[np.ndarray], Any],
     finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
-) -> Drawn:
-    """`num` samples in batches that are split over all devices.
+) -> list[Batch]:
+    """The batches of `num` samples, to be solved by the processes of a pod; `joined` reads them.
 
     Args:
       solve: from `make_solve`.
@@ -111,20 +111,26 @@ def draw(
       finish: what is done to a batch before it is stored, quantising for instance.
 
     Returns:
-      The samples and what they cost.
+      One for each `batch_size` samples, their arrays "x1" and "num_evaluations".
     """
-    mesh = sharding.make_mesh()
 
     def batch(i: int) -> dict[str, np.ndarray]:
         x0 = source.sample(jax.random.fold_in(key, i), batch_size)
         rows = np.arange(i * batch_size, (i + 1) * batch_size)
-        x1, evaluations = solve(way, *sharding.shard_batch((x0, condition(rows)), mesh))
+        x1, evaluations = solve(way, *put((x0, condition(rows))))
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
-    indices = progress(range(-(-num // batch_size)), name, leave=False, disable=None)
-    batches = [store.get(f"{name}_batch_{i:04d}", lambda i=i: batch(i)) for i in indices]
+    return [
+        Batch(store, f"{name}_batch_{i:04d}", functools.partial(batch, i), str(way))
+        for i in range(-(-num // batch_size))
+    ]
+
+
+def joined(batches: Sequence[Batch], num: int) -> Drawn:
+    """The first `num` samples of `batches`, and what all of them cost."""
+    found = [batch.get() for batch in batches]
     return Drawn(
-        x1=np.concatenate([batch["x1"] for batch in batches])[:num],
-        num_evaluations=float(np.mean([batch["num_evaluations"] for batch in batches])),
-        seconds=float(sum(batch["seconds"] for batch in batches)),
+        x1=np.concatenate([batch["x1"] for batch in found])[:num],
+        num_evaluations=float(np.mean([batch["num_evaluations"] for batch in found])),
+        seconds=float(sum(batch["seconds"] for batch in found)),
     )

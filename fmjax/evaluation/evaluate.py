@@ -5,9 +5,12 @@
 Writes evaluation.json, evaluation.md and pictures into RUN_FOLDER/evaluation. Started again, it
 resumes where it was: batches of samples and log-densities that are on disk are not computed again.
 What is measured is the task's own affair, `Task.evaluate`; a task without one has its held-out loss
-measured.
+measured. Of a pod all processes compute, with the flags `--cluster.*` of training and the run
+folder on a disk that they share or in a bucket; process 0 merges, prints and draws.
 """
 
+import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 from fmjax.evaluation import protocol, report
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.protocol import Config as Config
-from fmjax.harness import keys
+from fmjax.harness import cluster, keys, places
 from fmjax.harness.read import read
 from fmjax.harness.records import lock, writing
 from fmjax.harness.run import differences
@@ -25,20 +28,31 @@ from fmjax.harness.task import Trained
 
 
 def main(config: Config) -> dict[str, Any]:
+    cluster.join(config.cluster)
     protocol.check(config)
+    config = dataclasses.replace(config, run=places.as_path(config.run))
     trained = read(config.run, average=config.average, guidance=config.guidance)
     check_data(trained)
-    folder = config.run / "evaluation"
-    with writing(folder, lambda: "what is computed stays"):
-        folder.mkdir(exist_ok=True)
-        with lock(folder):
+    address = config.run / "evaluation"
+    with places.at_hand(address) as folder, writing(folder, lambda: "what is computed stays"):
+        with cluster.main_first(lambda: _claim(folder)) or contextlib.nullcontext():
             result = (trained.task.evaluate or held_out_loss)(trained, folder, config)
-            report.write(folder, result)
+            cluster.main_first(lambda: report.write(folder, result))
+    if cluster.is_main():
+        _tell(address, result)
+    return result
+
+
+def _claim(folder: pathlib.Path) -> contextlib.ExitStack:
+    folder.mkdir(exist_ok=True)
+    return lock(folder)
+
+
+def _tell(folder: places.Folder, result: dict[str, Any]) -> None:
     print(f"\n{report.table(result)}")
     for line in result.get("larger_budget", []):
         print(line)
     print(f"\nEvaluation folder  {folder}")
-    return result
 
 
 def check_data(trained: Trained) -> None:
@@ -56,7 +70,14 @@ def check_data(trained: Trained) -> None:
 
 
 def held_out_loss(trained: Trained, folder: pathlib.Path, config: Config) -> dict[str, Any]:
-    """The training loss of held-out examples, at the parameters that are evaluated."""
+    """The training loss of held-out examples, at the parameters that are evaluated.
+
+    In a pod process 0 measures it alone.
+    """
+    return cluster.main_first(lambda: _held_out_loss(trained, config)) or {}
+
+
+def _held_out_loss(trained: Trained, config: Config) -> dict[str, Any]:
     task = trained.task
     if task.held_out is None or not task.num_held_out:
         raise ValueError(

@@ -10,8 +10,10 @@ import pathlib
 from typing import Annotated
 
 import tyro
+from etils import epath
 
 from fmjax import weights
+from fmjax.harness import places
 from fmjax.harness.read import read, read_config
 from fmjax.harness.records import make_folder
 
@@ -20,8 +22,8 @@ from fmjax.harness.records import make_folder
 class Config:
     """Exports the parameters of a finished run."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Run folder."""
+    run: Annotated[epath.Path, tyro.conf.Positional]
+    """Run folder, or gs://BUCKET/FOLDER."""
     file: Annotated[pathlib.Path, tyro.conf.Positional]
     """The file to write; it must not be there yet."""
     average: bool = True
@@ -31,8 +33,9 @@ class Config:
 def main(config: Config) -> None:
     if config.file.exists():
         raise ValueError(f"{config.file} is there and stays as it is. Name another file.")
-    record, _ = read_config(config.run)
-    trained = read(config.run, average=config.average)
+    run = places.as_path(config.run)
+    record, _ = read_config(run)
+    trained = read(run, average=config.average)
     samples = trained.task.samples
     record |= {
         "step": trained.step,

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +20,7 @@ from fmjax.data import pixels
 from fmjax.evaluation import encoder as encoders
 from fmjax.evaluation.classifier import Classifier
 from fmjax.evaluation.reference import Reference, load_or_compute
+from fmjax.harness import cluster
 from fmjax.harness.records import make_folder
 from fmjax.metrics import resnet
 from fmjax.metrics.encoders import (
@@ -168,7 +170,15 @@ def check(config: JudgeConfig) -> None:
 
 
 def make_judge(config: JudgeConfig, images: RealImages, batch_size: int) -> Judge:
-    """Loads or trains the encoder, and the real images' features, computed once."""
+    """Loads or trains the encoder, and the real images' features, computed once.
+
+    In a pod by process 0, while the others wait; they find its files.
+    """
+    made = cluster.main_first(lambda: _make_judge(config, images, batch_size))
+    return made or _make_judge(config, images, batch_size)
+
+
+def _make_judge(config: JudgeConfig, images: RealImages, batch_size: int) -> Judge:
     encoder, name = _encoder(config, images)
     split = config.reference_split or images.train_split
     real = images.load(split)
@@ -249,6 +259,12 @@ def _classifier(config: JudgeConfig, images: RealImages) -> Encoder:
     folder = pathlib.Path(f"runs/encoder_{name}")
     if (folder / "encoder.json").exists():
         return encoders.load_encoder(folder)
+    if not cluster.is_main():
+        raise ValueError(
+            "The processes of a pod must see one encoder: process 0 has trained one into its "
+            f"runs/encoder_{name}, and process {jax.process_index()} does not find it in "
+            f"{folder.absolute()}. Start all in one working folder, or name one by --judge.encoder."
+        )
     train_split = images.train_split if own else "train"
     train_set = images.load(train_split)
     test_set = images.load(images.eval_split if own else "test")

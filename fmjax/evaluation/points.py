@@ -3,8 +3,9 @@
 In the plane the density is drawn on a grid too, where it must sum to one.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -18,13 +19,15 @@ from fmjax.evaluation import curve, drawing, protocol, report
 from fmjax.evaluation.curve import errors_over_seeds, over_seeds
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.protocol import Config
-from fmjax.harness import keys
-from fmjax.harness.store import Store, num_computed, progress
+from fmjax.harness import cluster, keys, share
+from fmjax.harness.share import Batch
+from fmjax.harness.store import Store, num_computed
 from fmjax.harness.task import Trained
 from fmjax.training import digests, sharding
 
 SIDE = 300  # of the density's grid
 TOLERANCE = 1e-5
+_WAY = drawing.Way("Tsit5", tolerance=TOLERANCE)
 LEAST = 20  # points, for errors over ten groups
 
 
@@ -61,6 +64,9 @@ def evaluate(
       trained: the run.
       folder: the evaluation's folder.
       config: the flags of the evaluation.
+
+    Returns:
+      What stands in evaluation.json; in a pod process 0's is.
     """
     num, dim = points.held_out.shape
     if num < LEAST:
@@ -75,27 +81,37 @@ def evaluate(
     }
     if points.conditions is not None:
         base |= {"guidance": config.guidance, "conditions": digests.hash_tree(points.conditions)}
-    at_once = num - num % jax.device_count()
     store = Store(folder, "log_prob", base)
-    found = likelihood(trained, store, points) | {"given": points.given}
-    samples = Store(folder, "samples", base | {"batch_size": at_once})
-    measured, drawn = quality(trained, samples, points, at_once, config.seeds)
+    solves = likelihoods(trained, store, points)
+    samples = Store(folder, "samples", base | {"batch_size": num})
+    drawn = draw(trained, samples, points, config.seeds)
+    grid = []
     if dim == 2 and points.conditions is None:
         extent = plotting.limits(points.held_out, margin=0.3)
-        p, mass = density(trained, store, extent)
-        found["density_integral"] = mass
-        picture = plotting.samples_and_density(points.held_out, drawn, p, extent)
-        plotting.save(folder / "density.png", picture)
-    measured |= {"units": points.units, "guidance": config.guidance}
-    result = {
-        "protocol": protocol.record(config, trained, leave_out=protocol.IMAGE_FLAGS),
-        "likelihood": found,
-        "quality": measured,
-        "curve": [],
-        "batches_computed": num_computed(folder),
-    }
-    result["rows"] = report.rows_of_points(result)
-    report.write(folder, result)  # the curve is the long part: the figures are on disk before it
+        grid = [(density(trained, store, extent), extent)]
+    batches = [*solves, *(batch for batch, _ in grid), *(batch for run in drawn for batch in run)]
+    share.solve(batches, "batches")
+
+    def figures() -> dict[str, Any]:
+        found = likelihood(solves, points.log_scale) | {"given": points.given}
+        measured, x1 = quality(drawn, points, config.seeds)
+        for batch, extent in grid:
+            p, found["density_integral"] = on_grid(batch, extent)
+            picture = plotting.samples_and_density(points.held_out, x1, p, extent)
+            plotting.save(folder / "density.png", picture)
+        measured |= {"units": points.units, "guidance": config.guidance}
+        result = {
+            "protocol": protocol.record(config, trained, leave_out=protocol.IMAGE_FLAGS),
+            "likelihood": found,
+            "quality": measured,
+            "curve": [],
+            "batches_computed": num_computed(folder),
+        }
+        result["rows"] = report.rows_of_points(result)
+        report.write(folder, result)  # the curve is the long part: the figures are on disk before
+        return result
+
+    result = cluster.main_first(figures) or {}
 
     def wasserstein2(x1: np.ndarray) -> metrics.Estimate:
         both = np.concatenate([x1, points.held_out[: len(x1)]], axis=1)
@@ -106,8 +122,8 @@ def evaluate(
     return result | {"curve": rows, "batches_computed": num_computed(folder)}
 
 
-def likelihood(trained: Trained, store: Store, points: Points) -> dict[str, Any]:
-    """Exact log-likelihood in nats per point, at the tolerance and at a tenth of it."""
+def likelihoods(trained: Trained, store: Store, points: Points) -> list[Batch]:
+    """The log-densities of the held-out points, at the tolerance and at a tenth of it."""
     solve = _log_prob_fn(trained)
 
     def compute(tolerance: float) -> dict[str, np.ndarray]:
@@ -117,11 +133,16 @@ def likelihood(trained: Trained, store: Store, points: Points) -> dict[str, Any]
             "num_evaluations": np.asarray(solved.num_evaluations),
         }
 
-    done = [
-        store.get(f"held_out_tolerance_{tol:.3g}", lambda tol=tol: compute(tol))
+    return [
+        Batch(store, f"held_out_tolerance_{tol:.3g}", functools.partial(compute, tol), f"{tol}")
         for tol in (TOLERANCE, TOLERANCE / 10)
     ]
-    log_p, tight = (batch["log_prob"].astype(np.float64) - points.log_scale for batch in done)
+
+
+def likelihood(batches: Sequence[Batch], log_scale: float) -> dict[str, Any]:
+    """Exact log-likelihood in nats per point, at the tolerance and at a tenth of it."""
+    done = [batch.get() for batch in batches]
+    log_p, tight = (batch["log_prob"].astype(np.float64) - log_scale for batch in done)
     return {
         "num_points": len(log_p),
         "nats_per_point": float(log_p.mean()),
@@ -138,36 +159,47 @@ def likelihood(trained: Trained, store: Store, points: Points) -> dict[str, Any]
     }
 
 
-def density(trained: Trained, store: Store, extent: Any) -> tuple[np.ndarray, float]:
-    """exp(log p) on a square grid of cell centres, `[SIDE, SIDE]`, and its sum over the square."""
+def density(trained: Trained, store: Store, extent: Any) -> Batch:
+    """log p on a square grid of cell centres."""
     solve, grid = _log_prob_fn(trained), plotting.grid_points(extent, SIDE)
+
+    def compute() -> dict[str, np.ndarray]:
+        return {"log_prob": np.asarray(solve(grid, None, TOLERANCE).log_prob)}
+
+    return Batch(store, f"density_{SIDE}", compute, "density")
+
+
+def on_grid(batch: Batch, extent: Any) -> tuple[np.ndarray, float]:
+    """exp(log p) on the grid of `density`, `[SIDE, SIDE]`, and its sum over the square."""
     left, right, bottom, top = extent
-    found = store.get(
-        f"density_{SIDE}", lambda: {"log_prob": np.asarray(solve(grid, None, TOLERANCE).log_prob)}
-    )
-    p = np.exp(found["log_prob"].astype(np.float64)).reshape(SIDE, SIDE)
+    p = np.exp(batch.get()["log_prob"].astype(np.float64)).reshape(SIDE, SIDE)
     return p, float(p.mean() * (right - left) * (top - bottom))
 
 
-def quality(
-    trained: Trained, store: Store, points: Points, batch_size: int, seeds: tuple[int, ...]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """2-Wasserstein distance and MMD of as many samples as there are held-out points, by seed."""
+def draw(
+    trained: Trained, store: Store, points: Points, seeds: tuple[int, ...]
+) -> list[list[Batch]]:
+    """As many samples as there are held-out points, one batch for each seed."""
     solve, num = drawing.make_solve(trained), len(points.held_out)
-    way = drawing.Way("Tsit5", tolerance=TOLERANCE)
-    kernel = metrics.gaussian_kernel(0.5)
 
     def condition(rows: np.ndarray) -> Any:
         return jax.tree.map(lambda x: x[rows % num], points.conditions)
 
-    runs, w2, mmd = [], [], []
-    for seed in progress(seeds, "seeds"):
-        key, source = keys.key(seed, "samples"), trained.source
-        name = f"seed_{seed}"
-        run = drawing.draw(solve, way, store, name, key, source, batch_size, num, condition)
-        w2.append(metrics.wasserstein2(run.x1, points.held_out))
-        mmd.append(metrics.kernel_distance(run.x1, points.held_out, kernel=kernel))
-        runs.append(run)
+    found = []
+    for seed in seeds:
+        key, source, name = keys.key(seed, "samples"), trained.source, f"seed_{seed}"
+        found.append(drawing.batches(solve, _WAY, store, name, key, source, num, num, condition))
+    return found
+
+
+def quality(
+    drawn: Sequence[Sequence[Batch]], points: Points, seeds: tuple[int, ...]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """2-Wasserstein distance and MMD of as many samples as there are held-out points, by seed."""
+    num, kernel = len(points.held_out), metrics.gaussian_kernel(0.5)
+    runs = [drawing.joined(batches, num) for batches in drawn]
+    w2 = [metrics.wasserstein2(run.x1, points.held_out) for run in runs]
+    mmd = [metrics.kernel_distance(run.x1, points.held_out, kernel=kernel) for run in runs]
     sets = [points.fresh(k) for k in range(len(seeds))]
     fresh = [metrics.wasserstein2(x, points.held_out) for x in sets if x is not None]
     return {
@@ -176,15 +208,15 @@ def quality(
         "wasserstein2": over_seeds(w2),
         "wasserstein2_of_fresh_data": over_seeds(fresh),
         "squared_mmd": errors_over_seeds(mmd) | {"kernel": "Gaussian, bandwidth 0.5"},
-        "sampler": str(way),
-        "begun_on": store.begun_on,
+        "sampler": str(_WAY),
+        "begun_on": drawn[0][0].store.begun_on,
         "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
         "seconds": round(sum(run.seconds for run in runs), 1),
     }, runs[0].x1
 
 
 def _log_prob_fn(trained: Trained) -> Any:
-    """`(x, condition, tolerance) -> LogProb`, replicated over the devices."""
+    """`(x, condition, tolerance) -> LogProb`, replicated over this process's devices."""
 
     @jax.jit
     def solve(params: Any, x: jax.Array, condition: Any, tolerance: jax.Array) -> fm.LogProb:
@@ -194,7 +226,7 @@ def _log_prob_fn(trained: Trained) -> Any:
         )
 
     def call(x: np.ndarray, condition: Any, tolerance: float) -> fm.LogProb:
-        replicated = sharding.replicated(sharding.make_mesh())
+        replicated = sharding.replicated(sharding.make_mesh(jax.local_devices()))
         given = jax.device_put(jax.tree.map(jnp.asarray, (x, condition)), replicated)
         return solve(trained.params, *given, tolerance)
 

@@ -1,15 +1,16 @@
 """The flags of an evaluation, what they may be, and what of them is recorded with the figures."""
 
 import dataclasses
-import pathlib
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from etils import epath
 
 from fmjax import data
 from fmjax.evaluation import judging
 from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.cluster import ClusterConfig
 from fmjax.harness.config import flags
 from fmjax.harness.records import environment
 from fmjax.harness.task import Trained
@@ -23,14 +24,14 @@ IMAGE_FLAGS += ("divergence", "num_probes", "probe", "judge")
 class Config:
     """Evaluates a finished run."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Run folder."""
+    run: Annotated[epath.Path, tyro.conf.Positional]
+    """Run folder, or gs://BUCKET/FOLDER."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the noise; the figures are means over them. The first also seeds the likelihood."""
     average: bool = True
     """Whether to evaluate the moving average of the parameters, or the last ones."""
     batch_size: int = 128
-    """Examples per solve, over all devices. They share the adaptive step."""
+    """Examples per solve, over all devices of a process. They share the adaptive step."""
     tolerance: float = 1e-3
     """Of Tsit5, relative and absolute, in samples and likelihoods of images. Of points 1e-5."""
     num_samples: int = 500
@@ -57,17 +58,19 @@ class Config:
     """Evaluations of the solvers with equal steps."""
     curve_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
     """Tolerances of the adaptive solvers."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The processes of a pod, which share the work; the run folder is on a disk that all see."""
 
 
 def check(config: Config) -> None:
     """Refuses flags that can't work, before anything is loaded."""
-    zero = {"curve_examples", "seeds", "guidance"}
+    zero = {"curve_examples", "seeds", "guidance", "cluster.process_id"}
     check_numbers(config, may_be_zero=zero, may_be_empty={"seeds"})
     check_seeds("seeds", config.seeds)
     if config.eval_examples < 2:
         raise ValueError(f"--eval-examples must be at least 2; got {config.eval_examples}.")
     judging.check(config.judge)
-    sharding.check_batch_size(config.batch_size, jax.device_count())
+    sharding.check_batch_size(config.batch_size, jax.local_device_count())
 
 
 def identity(model: Trained, config: Config) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def identity(model: Trained, config: Config) -> dict[str, Any]:
 
 def record(config: Config, model: Trained, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """How the figures were made: flags that count, parameters, device and versions."""
-    unused = ("run", *leave_out)
+    unused = ("run", "cluster", *leave_out)
     asked = {name: value for name, value in flags(config).items() if name not in unused}
     return {
         "experiment": model.name,

@@ -4,8 +4,10 @@ Samples are rounded to the pixel values that the data have before an encoder see
 those over splits of one seed's samples; over the seeds stand mean and standard deviation.
 """
 
+import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,24 @@ from fmjax.evaluation import drawing
 from fmjax.evaluation.curve import errors_over_seeds
 from fmjax.evaluation.judging import Judge
 from fmjax.harness import keys
-from fmjax.harness.store import Store, progress
+from fmjax.harness.share import Batch
+from fmjax.harness.store import Arrays, Store
 from fmjax.harness.task import Trained
 
 
-def measure(
+class Drawn(NamedTuple):
+    """The batches of one seed's samples, and of their features.
+
+    Attributes:
+      samples: of images, uint8, under "x1".
+      features: under "features".
+    """
+
+    samples: list[Batch]
+    features: list[Batch]
+
+
+def batches(
     trained: Trained,
     judge: Judge,
     folder: pathlib.Path,
@@ -30,8 +45,8 @@ def measure(
     num_levels: int,
     num_samples: int,
     seeds: tuple[int, ...],
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Draws `num_samples` images per seed and measures them.
+) -> list[Drawn]:
+    """The batches of `num_samples` images per seed, to be solved by the processes of a pod.
 
     Args:
       trained: the model.
@@ -43,9 +58,6 @@ def measure(
       num_levels: pixel values.
       num_samples: per seed.
       seeds: of the noise.
-
-    Returns:
-      What stands in evaluation.json under "quality", and the first batch of images, uint8.
     """
     solve = drawing.make_solve(trained)
     drawn = Store(folder, "samples", settings)
@@ -55,47 +67,76 @@ def measure(
     def levels(x1: np.ndarray) -> np.ndarray:
         return np.asarray(pixels.quantize(jnp.asarray(x1), num_levels))
 
-    runs, figures = [], []
-    for seed in progress(seeds, "seeds"):
-        key = keys.key(seed, "samples")
+    found = []
+    for seed in seeds:
         name = f"seed_{seed}"
-        run = drawing.draw(
+        samples = drawing.batches(
             solve,
             way,
             drawn,
             name,
-            key,
+            keys.key(seed, "samples"),
             trained.source,
             batch_size,
             num_samples,
             trained.condition,
             levels,
         )
-        features = encode_samples(judge, encoded, name, run.x1, batch_size)
-        figures.append(judge.figures(features, trained.condition(np.arange(num_samples))))
-        runs.append(run)
+        features = encode_samples(judge, encoded, name, samples, batch_size, num_samples)
+        found.append(Drawn(samples, features))
+    return found
+
+
+def unpacked(drawn: Sequence[Drawn]) -> list[Batch]:
+    """All batches: samples first, which features are made of."""
+    return [b for one in drawn for b in one.samples] + [b for one in drawn for b in one.features]
+
+
+def measure(
+    drawn: Sequence[Drawn],
+    trained: Trained,
+    judge: Judge,
+    *,
+    way: drawing.Way,
+    num_samples: int,
+    seeds: tuple[int, ...],
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Measures the images of every seed.
+
+    Args:
+      drawn: from `batches`.
+      trained, judge, way, num_samples, seeds: as given to it.
+
+    Returns:
+      What stands in evaluation.json under "quality", and the first batch of images, uint8.
+    """
+    runs = [drawing.joined(one.samples, num_samples) for one in drawn]
+    labels = trained.condition(np.arange(num_samples))
+    features = (np.concatenate([b.get()["features"] for b in one.features]) for one in drawn)
+    figures = [judge.figures(of_seed, labels) for of_seed in features]
     return {
         "num_samples": num_samples,
         "seeds": list(seeds),
         **{name: errors_over_seeds([figure[name] for figure in figures]) for name in figures[0]},
         "sampler": str(way),
-        "begun_on": drawn.begun_on,
+        "begun_on": drawn[0].samples[0].store.begun_on,
         "num_evaluations": float(np.mean([run.num_evaluations for run in runs])),
         "seconds": round(sum(run.seconds for run in runs), 1),
-    }, runs[0].x1[:batch_size]
+    }, drawn[0].samples[0].get()["x1"][:num_samples]
 
 
 def encode_samples(
-    judge: Judge, store: Store, name: str, images: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """Features `[num, D]`, each batch computed once; a short last one has a name of its own."""
+    judge: Judge, store: Store, name: str, samples: Sequence[Batch], batch_size: int, num: int
+) -> list[Batch]:
+    """The batches of features of the first `num` samples; a short last one has its own name."""
 
-    def batch(i: int) -> np.ndarray:
-        part = images[i * batch_size : (i + 1) * batch_size]
-        short = "" if len(part) == batch_size else f"_first_{len(part)}"
-        arrays = store.get(
-            f"{name}_batch_{i:04d}{short}", lambda: {"features": judge.encode(part, batch_size)}
-        )
-        return arrays["features"]
+    def encode(images: Callable[[], Arrays], part: int) -> Arrays:
+        return {"features": judge.encode(images()["x1"][:part], batch_size)}
 
-    return np.concatenate([batch(i) for i in range(-(-len(images) // batch_size))])
+    found = []
+    for i, batch in enumerate(samples):
+        part = min(batch_size, num - i * batch_size)
+        short = "" if part == batch_size else f"_first_{part}"
+        compute = functools.partial(encode, batch.get, part)
+        found.append(Batch(store, f"{name}_batch_{i:04d}{short}", compute, "features"))
+    return found

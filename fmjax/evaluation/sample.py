@@ -5,24 +5,31 @@
 Sample k depends on the parameters, the seed and k alone, to the solver's tolerance: whatever the
 number of samples, the batch size and the devices. Batches that are drawn are kept in the run
 folder, so that a command which was interrupted goes on where it was; a file is never overwritten.
+The processes of a pod share the batches, by the flags `--cluster.*` of training and on a run folder
+that all see; process 0 writes the file.
 """
 
 import dataclasses
 import pathlib
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
+from etils import epath
 
 from fmjax import plotting
 from fmjax.evaluation import drawing
-from fmjax.harness import keys
+from fmjax.harness import cluster, keys, places
 from fmjax.harness.bounds import check_numbers, check_seeds
+from fmjax.harness.cluster import ClusterConfig
+from fmjax.harness.progress import progress
 from fmjax.harness.read import read
 from fmjax.harness.records import make_folder, write_whole
-from fmjax.harness.store import Arrays, Store, progress
+from fmjax.harness.share import Batch, put, solve
+from fmjax.harness.store import Arrays, Store
 from fmjax.harness.task import Samples, Trained
 from fmjax.training import digests, sharding
 
@@ -31,8 +38,8 @@ from fmjax.training import digests, sharding
 class Config:
     """Draws from a finished run."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Run folder."""
+    run: Annotated[epath.Path, tyro.conf.Positional]
+    """Run folder, or gs://BUCKET/FOLDER."""
     num: int = 64
     """Samples."""
     seed: int = 0
@@ -53,23 +60,44 @@ class Config:
     average: bool = True
     """Whether to take the moving average of the parameters, or the last ones."""
     batch_size: int = 128
-    """Samples per solve, over all devices."""
+    """Samples per solve, over all devices of a process."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture of all, a folder of pictures, or an .npz file of arrays and labels."""
     out: pathlib.Path | None = None
     """The file or folder to write, which must not be there yet; else in RUN/drawn."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The processes of a pod, which share the batches."""
 
 
 def main(config: Config) -> pathlib.Path:
+    cluster.join(config.cluster)
     _check(config)
-    out = _out(config)
+    config = dataclasses.replace(config, run=places.as_path(config.run))
+    with places.at_hand(config.run / "drawn") as drawn:
+        return _main(config, drawn)
+
+
+def _main(config: Config, drawn: pathlib.Path) -> pathlib.Path:
+    """Draws, where the local folder of RUN/drawn is at hand."""
+    out = _out(config, drawn)
     trained = read(config.run, average=config.average, guidance=config.guidance)
     samples = trained.task.samples
     if samples is None:
         raise ValueError(f"Samples need Task.samples; the task of {config.run} has none.")
     _check_picture(config, samples)
     wanted = _wanted(config, samples)
-    arrays, condition = _draw(config, trained, samples, wanted)
+    batches, condition = _batches(config, drawn, trained, samples, wanted)
+    solve(batches, "batches")
+    cluster.main_first(lambda: _write(config, out, samples, batches, condition))
+    return out
+
+
+def _write(
+    config: Config, out: pathlib.Path, samples: Samples, batches: Sequence[Batch], condition: Any
+) -> None:
+    """The samples as the task keeps them, `[num, ...]` each, with their conditions."""
+    x1 = np.concatenate([batch.get()["x1"] for batch in batches])[: config.num]
+    arrays = samples.arrays(x1)
     make_folder(out.parent)
     if config.format == "npz":
         told = samples.told or (lambda condition: {"labels": condition})
@@ -80,8 +108,7 @@ def main(config: Config) -> pathlib.Path:
     else:
         assert samples.picture is not None  # _check_picture
         plotting.save(out, samples.picture(arrays, condition))
-    print(f"{config.num} samples in {out}")
-    return out
+    print(f"{config.num} samples in {config.out or config.run / 'drawn' / out.name}")
 
 
 def _save_each(out: pathlib.Path, samples: Samples, arrays: Arrays, num: int) -> None:
@@ -98,10 +125,12 @@ def _save_each(out: pathlib.Path, samples: Samples, arrays: Arrays, num: int) ->
 def _check(config: Config) -> None:
     numbers = dataclasses.replace(config, given=())  # these may be negative
     check_numbers(
-        numbers, may_be_zero={"guidance", "seed", "labels"}, may_be_empty={"labels", "given"}
+        numbers,
+        may_be_zero={"guidance", "seed", "labels", "cluster.process_id"},
+        may_be_empty={"labels", "given"},
     )
     check_seeds("seed", [config.seed])
-    sharding.check_batch_size(config.batch_size, jax.device_count())
+    sharding.check_batch_size(config.batch_size, jax.local_device_count())
     if config.num_steps is None and config.solver not in drawing.ADAPTIVE:
         raise ValueError(
             f"--solver {config.solver} has no error estimate: give --num-steps, or one of "
@@ -118,7 +147,7 @@ def _check_picture(config: Config, samples: Samples) -> None:
         )
 
 
-def _out(config: Config) -> pathlib.Path:
+def _out(config: Config, drawn: pathlib.Path) -> pathlib.Path:
     suffix = {"grid": ".png", "png": "", "npz": ".npz"}[config.format]
     names = (
         "seed",
@@ -135,7 +164,7 @@ def _out(config: Config) -> pathlib.Path:
     told = {n: getattr(config, n) for n in names if getattr(config, n) != usual[n] or n == "seed"}
     told = {n: value if isinstance(value, tuple) else (value,) for n, value in told.items()}
     words = [f"{n}_{'_'.join(map(str, values))}" for n, values in told.items()]
-    out = config.out or config.run / "drawn" / ("_".join(words) + suffix)
+    out = config.out or drawn / ("_".join(words) + suffix)
     if out.exists():
         raise ValueError(f"{out} is there and stays as it is. Give --out another name.")
     if suffix and out.suffix != suffix:
@@ -169,17 +198,19 @@ def _given(config: Config, samples: Samples) -> Any:
     return samples.given(config.given)
 
 
-def _draw(
-    config: Config, trained: Trained, samples: Samples, wanted: np.ndarray | None
-) -> tuple[Arrays, Any]:
-    """The samples as the task keeps them, `[num, ...]` each, and their conditions."""
+def _batches(
+    config: Config,
+    drawn: pathlib.Path,
+    trained: Trained,
+    samples: Samples,
+    wanted: np.ndarray | None,
+) -> tuple[list[Batch], Any]:
+    """The batches of the samples, and the samples' conditions."""
     adaptive = None if config.num_steps else config.tolerance
     way = drawing.Way(config.solver, num_steps=config.num_steps, tolerance=adaptive)
-    solve, mesh = drawing.make_solve(trained), sharding.make_mesh()
-    devices = jax.device_count()
-    size = min(config.batch_size, -(-config.num // devices) * devices)
+    integrate, size = drawing.make_solve(trained), min(config.batch_size, config.num)
     settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
-    store = Store(config.run / "drawn", "batches", settings | {"guidance": config.guidance})
+    store = Store(drawn, "batches", settings | {"guidance": config.guidance})
     given = _given(config, samples)
 
     @jax.jit
@@ -194,7 +225,7 @@ def _draw(
             return jax.tree.map(lambda x: np.repeat(x[None], len(rows), axis=0), given)
         return trained.condition(rows) if wanted is None else wanted[rows % len(wanted)]
 
-    def batch(i: int) -> np.ndarray:
+    def batch(i: int) -> Batch:
         rows = np.arange(i * size, (i + 1) * size)
         told = condition(rows)
         # The samples as they are solved: what a task makes of them is not stored.
@@ -202,11 +233,10 @@ def _draw(
 
         def compute() -> Arrays:
             x0 = np.asarray(noise(keys.key(config.seed, "drawn"), rows))
-            x1, _ = solve(way, *sharding.shard_batch((x0, told), mesh))
+            x1, _ = integrate(way, *put((x0, told)))
             return {"x1": np.asarray(x1)}
 
-        return store.get(name, compute)["x1"]
+        return Batch(store, name, compute, "samples")
 
-    indices = progress(range(-(-config.num // size)), "batches")
-    x1 = np.concatenate([batch(i) for i in indices])[: config.num]
-    return samples.arrays(x1), condition(np.arange(config.num))
+    batches = [batch(i) for i in range(-(-config.num // size))]
+    return batches, condition(np.arange(config.num))

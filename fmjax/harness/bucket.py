@@ -47,6 +47,8 @@ class Bucket(Disk):
             scratch.lay_out(self._address, self.folder)
 
         cluster.main_first(prepare)
+        if not (alone or cluster.is_main()):
+            scratch.lay_out(self._address, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sender = scratch.Sender(self._address, self.folder, patient.write)
         if alone and cluster.is_main():
@@ -68,6 +70,13 @@ class Bucket(Disk):
     def hold(self, path: pathlib.Path) -> None:
         if self._sender is not None:
             self._sender.held = path
+
+    def exchange(self) -> None:
+        assert self._sender is not None, "open comes first"
+        self._sender.flush()
+        cluster.wait("files of the bucket")
+        if cluster.is_main():
+            self._sender.receive()
 
     def close(self, *, forget: bool = False) -> None:
         if self._dog is not None:

@@ -18,11 +18,13 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from fmjax.harness import peers, pods
 
 T = TypeVar("T")
 _JOIN_SECONDS = 300  # JAX's own patience
+_FOREVER = 10**9  # milliseconds, eleven days; a process that dies ends it
 
 
 class ProcessZeroError(RuntimeError):
@@ -161,6 +163,7 @@ def main_first(act: Callable[[], T]) -> T | None:
         except Exception as caught:
             error = caught
     if jax.process_count() > 1:
+        wait("process 0")  # which may have worked for longer than a collective waits
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
         if failed and error is None:
             raise ProcessZeroError("Process 0 can't continue; its message says why.")
@@ -173,6 +176,15 @@ def gather(value: bool) -> np.ndarray:
     """What each process says, `[process]`, to all of them."""
     one = np.asarray([value])
     return one if jax.process_count() == 1 else multihost_utils.process_allgather(one).ravel()
+
+
+def wait(name: str) -> None:
+    """Blocks until all processes of the pod have come here, however long that takes.
+
+    Args:
+      name: what is waited for.
+    """
+    multihost.get_barrier_sync_fn()(key=f"fmjax {name}", timeout_ms=_FOREVER)
 
 
 class Preemption:

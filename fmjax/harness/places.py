@@ -27,6 +27,7 @@ from fmjax.harness import cluster
 
 SHARED_SECONDS = 30.0
 Folder = pathlib.Path | epath.Path
+_AT_HAND: list["Disk"] = []
 
 
 def in_bucket(folder: Any) -> bool:
@@ -143,6 +144,9 @@ class Disk:
     def hold(self, path: pathlib.Path) -> None:
         """This file is not sent as long as it is the one that is held."""
 
+    def exchange(self) -> None:
+        """Process 0's folder has the files of all processes from here on; by all of them."""
+
     def close(self, *, forget: bool = False) -> None:
         """Sends the rest; with `forget` nothing, and takes back what `open` claimed."""
 
@@ -167,7 +171,15 @@ def at_hand(address: Folder) -> Iterator[pathlib.Path]:
     here = place(address)
     here.open(alone=False)
     here.send()
+    _AT_HAND.append(here)
     try:
         yield here.folder
     finally:
+        _AT_HAND.remove(here)
         here.close()
+
+
+def exchange() -> None:
+    """`Disk.exchange` of what is at hand."""
+    for here in _AT_HAND:
+        here.exchange()

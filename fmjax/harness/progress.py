@@ -6,6 +6,8 @@ from typing import Any
 
 import tqdm
 
+from fmjax.harness import cluster
+
 
 def progress(
     items: Iterable[Any] | None = None,
@@ -18,6 +20,8 @@ def progress(
     disable: bool | None = False,
 ) -> Any:
     """A bar of tqdm's over `items`, or one to be updated; in a log file a line every 15 seconds.
+
+    In a pod it is process 0's alone.
 
     Args:
       items: what is gone through; None for a bar that is updated by hand, up to `total`.
@@ -35,7 +39,7 @@ def progress(
         initial=initial,
         unit=unit,
         leave=leave,
-        disable=disable,
+        disable=disable if cluster.is_main() else True,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15,
     )

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 EVERY_SECONDS = 30.0  # between two sendings of a file that grows
-_LOCAL = ("checkpoints", "compiled")  # folders that are not sent
+_LOCAL = ("checkpoints", "compiled", "lock", "owner.json")  # what is not sent
 
 
 def folder_of(address: epath.Path) -> pathlib.Path:
@@ -43,10 +43,11 @@ def _files(folder: Any) -> Iterator[Any]:
     if not folder.exists():
         return
     for path in folder.iterdir():
+        if path.name in _LOCAL or path.suffix == ".tmp":
+            continue
         if path.is_dir():
-            if path.name not in _LOCAL:
-                yield from _files(path)
-        elif path.suffix != ".tmp" and path.name not in ("lock", "owner.json"):
+            yield from _files(path)
+        else:
             yield path
 
 
@@ -102,6 +103,16 @@ class Sender:
                 target = self._address / path.relative_to(self._folder)
                 self._write(target, path.read_bytes())
                 self._sent[path] = (state, time.monotonic())
+
+    def receive(self) -> None:
+        """Fetches the files of the bucket that are not here."""
+        with self._turn:
+            for path in _files(self._address):
+                here = self._folder / path.relative_to(self._address)
+                if not here.exists():
+                    here.parent.mkdir(parents=True, exist_ok=True)
+                    here.write_bytes(path.read_bytes())
+                    self._sent[here] = (_state(here), time.monotonic())
 
     def _due(self, path: pathlib.Path, every: float) -> bool:
         if path == self.held:

@@ -3,7 +3,8 @@
 A store is a folder named after its settings, so that numbers made under other settings are never
 taken for these. Each batch is one file, by an atomic write; a batch whose file is there is
 read, not computed. Every computation leaves a line in `computed.jsonl` beside the stores; a kill
-between the two loses the line, never the batch.
+between the two loses the line, never the batch. In a pod each process has a file of its own for
+them.
 """
 
 import json
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from fmjax.harness.progress import progress as progress
@@ -34,7 +36,8 @@ class Store:
     def __init__(self, folder: pathlib.Path, kind: str, settings: dict[str, Any]):
         self.folder = folder / f"{kind}-{digests.hash_json(settings)[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = folder / "computed.jsonl"
+        number = f"_{jax.process_index()}" if jax.process_index() else ""
+        self._log = folder / f"computed{number}.jsonl"  # two hosts can't append to one file
         record = self.folder / "settings.json"
         if not record.exists():
             write_json(record, {"settings": settings, "begun_on": environment()})
@@ -53,21 +56,30 @@ class Store:
         Raises:
           ValueError: if the stored file is damaged.
         """
-        path = self.folder / f"{name}.npz"
-        if not path.exists():
-            began = time.perf_counter()
-            arrays = {key: np.asarray(value) for key, value in compute().items()}
-            arrays["seconds"] = np.asarray(time.perf_counter() - began)
-            write_whole(path, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
-            with open(self._log, "a") as file:
-                file.write(json.dumps({"batch": f"{self.folder.name}/{name}"}) + "\n")
-        return _read(path)
+        if not self.has(name):
+            self.make(name, compute)
+        return _read(self._path(name))
+
+    def has(self, name: str) -> bool:
+        """Whether the batch of this name is stored."""
+        return self._path(name).exists()
+
+    def make(self, name: str, compute: Callable[[], Arrays]) -> None:
+        """Computes and stores the batch of this name, as `get` does where there is none."""
+        began = time.perf_counter()
+        arrays = {key: np.asarray(value) for key, value in compute().items()}
+        arrays["seconds"] = np.asarray(time.perf_counter() - began)
+        write_whole(self._path(name), lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
+        with open(self._log, "a") as file:
+            file.write(json.dumps({"batch": f"{self.folder.name}/{name}"}) + "\n")
+
+    def _path(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.npz"
 
 
 def num_computed(folder: pathlib.Path) -> int:
     """Batches that have been computed in this evaluation folder, over all its starts."""
-    path = folder / "computed.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("computed*.jsonl"))
 
 
 def _read(path: pathlib.Path) -> Arrays:

@@ -79,7 +79,8 @@ class Task(NamedTuple):
         is the run's, the same at every step. `from_loss` makes `init` and `step`.
       velocity: `(params, condition) -> Velocity`, how a run folder is sampled from.
       finish: `(trained, folder, key) -> figures` after training, as JSON can hold them.
-      evaluate: `(trained, folder, flags) -> record`, what `fmjax.evaluation` measures.
+      evaluate: `(trained, folder, flags) -> record`, what `fmjax.evaluation` measures; by every
+        process of a pod (`harness.share` divides batches), of which process 0's is kept.
       preview: `(trained, key) -> picture`, uint8 `[height, width, 3]`, small.
       samples: how new examples are drawn.
       num_held_out: examples that are not trained on, for the held-out loss.

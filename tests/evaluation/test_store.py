@@ -6,7 +6,7 @@ from made_runs import known
 
 import fmjax as fm
 from fmjax.evaluation import curve, drawing, judging, quality
-from fmjax.harness import store
+from fmjax.harness import share, store
 from fmjax.harness.task import Samples
 from fmjax.metrics import Estimate
 from fmjax.metrics.encoders import Encoder
@@ -72,8 +72,18 @@ def test_another_number_of_samples_takes_no_stale_features(tmp_path):
         return images.reshape(len(images), -1)[:, :3].astype(np.float32)
 
     judge = judging.Judge(Encoder("e", "d", features, None, 3), None, 10, 4, False, {})  # pyright: ignore
-    encoded = store.Store(tmp_path, "features", {})
+    drawn, encoded = (store.Store(tmp_path, kind, {}) for kind in ("samples", "features"))
+    samples = [
+        share.Batch(drawn, f"{i}", lambda i=i: {"x1": images[40 * i : 40 * i + 40]}, "samples")
+        for i in range(3)
+    ]
+
+    def features_of(num):
+        own = samples[: -(-num // 40)]
+        batches = quality.encode_samples(judge, encoded, "seed_0", own, 40, num)
+        return np.concatenate([batch.get()["features"] for batch in batches])
+
     for num in (95, 100, 90, 120, 95):
-        got = quality.encode_samples(judge, encoded, "seed_0", images[:num], 40)
+        got = features_of(num)
         np.testing.assert_array_equal(got, images[:num].reshape(num, -1)[:, :3])
     assert sizes == {40}
