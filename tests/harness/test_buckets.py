@@ -69,12 +69,16 @@ def hosts(server, tmp_path):
     return [Host(server, tmp_path / f"host{k}") for k in range(2)]
 
 
-def pod(hosts, *flags, workdir=RUN):
+def pod_flags():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    return ["--cluster.coordinator", address, "--cluster.num-processes", "2"]
+
+
+def pod(hosts, *flags, workdir=RUN):
     words = ["-m", "experiments.two_moons", "--workdir", workdir, *FLAGS.split(), *flags]
-    words += ["--cluster.coordinator", address, "--cluster.num-processes", "2"]
+    words += pod_flags()
     return [host.start(*words, "--cluster.process-id", str(k)) for k, host in enumerate(hosts)]
 
 
@@ -90,8 +94,12 @@ def objects(server):
     return [item["name"] for item in json.loads(body).get("items", ())]
 
 
+def quoted(name):
+    return urllib.parse.quote(name, safe="")
+
+
 def content(server, name):
-    path = f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media"
+    path = f"/storage/v1/b/bucket/o/{quoted(name)}?alt=media"
     status, _, body = server.forward("GET", path, b"", {})
     assert status == 200, (status, name)
     return body
@@ -142,8 +150,36 @@ def test_a_pod_whose_run_folder_is_in_a_bucket(server, hosts, tmp_path):
     hosts[0].finish(alone(hosts[0], *whole, workdir=str(tmp_path / "whole")))
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     np.testing.assert_allclose(got, [json.loads(line)["loss"] for line in lines], rtol=1e-5)
+    _evaluated_by_two_and_by_one(server, hosts)
     for host in hosts:
         assert not list((host.folder / "work").iterdir())  # no folder named gs:
+
+
+def _evaluated_by_two_and_by_one(server, hosts):
+    words = ["-m", "fmjax.cli", "evaluate", RUN, "--seeds", "0", "1"]
+    several = [*words, *pod_flags()]
+    processes = [
+        host.start(*several, "--cluster.process-id", str(k)) for k, host in enumerate(hosts)
+    ]
+    for host, process in zip(hosts, processes, strict=True):
+        host.finish(process)
+    names = [name for name in objects(server) if name.startswith("run/evaluation/")]
+    by_two = json.loads(content(server, "run/evaluation/evaluation.json"))
+    assert "run/evaluation/density.png" in names and "run/evaluation/computed_1.jsonl" in names
+    for name in names:
+        server.forward("DELETE", f"/storage/v1/b/bucket/o/{quoted(name)}", b"", {})
+    hosts[1].finish(hosts[1].start(*words))
+    by_one = json.loads(content(server, "run/evaluation/evaluation.json"))
+    for part in ("likelihood", "quality"):
+        for name, value in by_one[part].items():
+            if isinstance(value, float) and "seconds" not in name:
+                np.testing.assert_allclose(by_two[part][name], value, rtol=1e-6, err_msg=name)
+    assert by_one["likelihood"]["num_points"] == by_two["likelihood"]["num_points"] > 100
+    hosts[0].finish(hosts[0].start("-m", "fmjax.cli", "sample", RUN, "--num", "16"))
+    assert any(name.startswith("run/drawn/") and name.endswith(".png") for name in objects(server))
+    exported = hosts[0].folder / "run.safetensors"
+    hosts[0].finish(hosts[0].start("-m", "fmjax.cli", "export", RUN, str(exported)))
+    assert exported.stat().st_size > 1000
 
 
 @pytest.mark.slow
