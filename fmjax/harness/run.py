@@ -90,19 +90,24 @@ class Run:
         self.begun = self.address.exists()  # whether there is anything to keep
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self._flags = flags(config)
+        self._ends, self._failed = contextlib.ExitStack(), False  # the last begun ends first
         self._place.open()
-        self._lock = cluster.main_first(lambda: claim(self.folder))
-        places.check_shared(self.address)
-        with writing(self.folder, lambda: "nothing was begun"):
-            self._manager = checkpoints.open_manager(
-                self.address / "checkpoints", keep_every=config.keep_every
-            )
-        self._place.watch(self._manager.is_saving_in_progress, self._kept)
         try:
+            self._ends.callback(lambda: self._place.close(forget=self._forgets()))
+            if lock := cluster.main_first(lambda: claim(self.folder)):
+                self._ends.enter_context(lock)
+            self._ends.callback(self._forget)
+            places.check_shared(self.address)
+            with writing(self.folder, lambda: "nothing was begun"):
+                self._manager = checkpoints.open_manager(
+                    self.address / "checkpoints", keep_every=config.keep_every
+                )
+            self._ends.callback(self._manager.close)
+            self._place.watch(self._manager.is_saving_in_progress, self._kept)
             self._check_config()
             self._check_data(data)
             self._check_num_steps()
-        except ValueError:
+        except (ValueError, OSError):
             self._close(failed=True)
             raise
         self._record = {"experiment": name, "config": self._flags} | environment()
@@ -143,20 +148,20 @@ class Run:
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
 
     def _close(self, *, failed: bool) -> None:
-        forget = failed and not self.begun
-        with contextlib.ExitStack() as ends:  # each one's turn comes, the last first
-            if self._lock is not None:
-                ends.enter_context(self._lock)
-            if forget and cluster.is_main():
-                ends.callback(self._forget)
-            ends.callback(self._place.close, forget=forget)
-            ends.callback(self._manager.close)
+        self._failed = failed
+        self._ends.close()
+
+    def _forgets(self) -> bool:
+        """Whether this start failed before there was anything to keep."""
+        return self._failed and not self.begun
 
     def _forget(self) -> None:
         """Removes what a start that failed has made, where nothing was there before.
 
         Of the folder only what is the harness's own: a file of somebody else's keeps it.
         """
+        if not self._forgets() or not cluster.is_main():
+            return
         for name in ("checkpoints", "compiled", "tensorboard"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("config.json", "metrics.jsonl", "window.json", "lock"):
