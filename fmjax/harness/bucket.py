@@ -18,7 +18,7 @@ from collections.abc import Callable
 from etils import epath
 
 from fmjax.harness import cluster, patient, peers, scratch
-from fmjax.harness.places import Disk
+from fmjax.harness.disk import Disk
 
 
 class OwnerError(ValueError):

@@ -15,7 +15,7 @@ import pathlib
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,10 +24,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from fmjax.harness import cluster
+from fmjax.harness.disk import Disk
 
 SHARED_SECONDS = 30.0
 Folder = pathlib.Path | epath.Path
-_AT_HAND: list["Disk"] = []
+_AT_HAND: list[Disk] = []
 
 
 def in_bucket(folder: Any) -> bool:
@@ -103,52 +104,6 @@ def _is_there(path: Folder) -> bool:
         return path.exists()
     except Exception:  # of a network or of rights, of many kinds
         return False
-
-
-class Disk:
-    """A folder in which a run's small files are written; on a disk it is the run folder itself.
-
-    Attributes:
-      folder: a local one.
-    """
-
-    folder: pathlib.Path
-
-    def __init__(self, folder: Any):
-        self.folder = pathlib.Path(folder)
-
-    def open(self, *, alone: bool = True) -> None:
-        """Makes the local folder like the run folder; by every process.
-
-        Args:
-          alone: whether the folder is this run's alone from now on.
-
-        Raises:
-          ValueError: if it is a bucket's that can't be written.
-        """
-
-    def send(self) -> None:
-        """From now on what is written is sent, by a thread."""
-
-    def check(self) -> None:
-        """Raises what has ended the sending."""
-
-    def watch(self, saving: Callable[[], bool], kept: Callable[[], str]) -> None:
-        """Ends this process if a save can't come to its end.
-
-        Args:
-          saving: whether one is in progress.
-          kept: says what a run that starts again goes on from.
-        """
-
-    def hold(self, path: pathlib.Path) -> None:
-        """This file is not sent as long as it is the one that is held."""
-
-    def exchange(self) -> None:
-        """Process 0's folder has the files of all processes from here on; by all of them."""
-
-    def close(self, *, forget: bool = False) -> None:
-        """Sends the rest; with `forget` nothing, and takes back what `open` claimed."""
 
 
 def place(address: Folder, patience: float = 300.0) -> Disk:
