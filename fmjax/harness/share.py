@@ -107,4 +107,5 @@ def _expected(first: Sequence[Batch], rest: Sequence[Batch], seconds: dict[str, 
     count = Counter(batch.kind for batch in first)
     bound = "at most " if any(count[batch.kind] == 1 for batch in rest) else ""
     each = "" if num == 1 else f" in each of {num} processes"
-    return f"Expected time: {bound}{told} for the other {len(rest)} batches{each}."
+    batches = "batch" if len(rest) == 1 else "batches"
+    return f"Expected time: {bound}{told} for {len(rest)} more {batches}{each}."
