@@ -136,3 +136,12 @@ def test_the_expected_time_is_that_of_the_second_of_a_kind(tmp_path, monkeypatch
     again = [computing(b, 0.0) for b in slow]
     share.solve(again, "batches")
     assert len(said) == 1 and store.num_computed(tmp_path) == 14
+
+
+def test_batches_that_are_on_another_disk_are_named_and_computed(tmp_path, monkeypatch, capsys):
+    batches = batches_of(tmp_path, {"samples": 5})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(share.cluster, "wait", lambda name: None)
+    share.solve(batches, "batches")
+    assert f"2 batches of other processes are not in {tmp_path}" in capsys.readouterr().err
+    assert all(batch.get()["x"] == 0 for batch in batches)
