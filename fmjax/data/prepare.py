@@ -12,6 +12,7 @@ takes the archives from a folder; without `--archives` they are downloaded.
 """
 
 import argparse
+import contextlib
 import errno
 import http.client
 import io
@@ -21,12 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from .archives import SOURCES, Archive, Source, Splits, download, verify
 
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def data_root(data_dir: str | os.PathLike | None) -> Path:
@@ -51,7 +54,8 @@ def prepare(
 ) -> Path:
     """Prepares a data set from its original archives; a prepared copy is left as it is.
 
-    An atomic write: the copy is written under another name and then renamed.
+    An atomic write: the copy is written under another name and then renamed. Of several processes
+    with one `data_dir`, on one host or on many, one downloads and prepares; the others wait for it.
 
     Args:
       name: "cifar10", "mnist" or "fashion_mnist".
@@ -77,7 +81,30 @@ def prepare(
         raise ValueError(f"name must be one of {sorted(SOURCES)}; got {name!r}.")
     if is_prepared(name, data_dir):
         return _folder(name, data_dir)
-    source, root = SOURCES[name], data_root(data_dir)
+    with _alone(name, data_root(data_dir)):
+        if not is_prepared(name, data_dir):  # else another process has done so
+            _prepare(name, archives, data_root(data_dir), check)
+    return _folder(name, data_dir)
+
+
+@contextlib.contextmanager
+def _alone(name: str, root: Path) -> Iterator[None]:
+    """Holds a lock on the data set's disk, which the system lets go of however the process ends."""
+    lock = filelock.FileLock(root / f".{name}.lock", fallback_to_soft=False)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:  # there each prepares, and the first copy serves
+            raise _disk_error(root, error) or error from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(name: str, archives: str | os.PathLike | None, root: Path, check: bool) -> None:
+    source = SOURCES[name]
     # MNIST and Fashion-MNIST name their archives alike, so each has a folder of its own.
     folder = Path(archives) if archives is not None else root / "downloads" / f"fmjax_{name}"
     for archive in source.archives:
@@ -92,9 +119,8 @@ def prepare(
             file_format="array_record",
         )
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
-        if not is_prepared(name, data_dir):  # else another process was quicker: its copy serves
+        if not is_prepared(name, root):  # else another process was quicker: its copy serves
             raise _disk_error(root, error) or error from error
-    return _folder(name, data_dir)
 
 
 def _fetch(name: str, archive: Archive, folder: Path, root: Path, may_download: bool) -> None:

@@ -8,6 +8,7 @@ after a kill computes what is missing, whatever N was.
 
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -81,6 +82,8 @@ def solve(batches: Sequence[Batch], label: str) -> None:
             bar.update()
     cluster.wait(label)
     places.exchange()
+    if cluster.is_main():
+        _name_lost(batches)
 
 
 def _own(batches: Sequence[Batch]) -> list[Batch]:
@@ -88,6 +91,16 @@ def _own(batches: Sequence[Batch]) -> list[Batch]:
     stores = {batch.store.folder: itertools.count() for batch in batches}
     num, index = jax.process_count(), jax.process_index()
     return [batch for batch in batches if next(stores[batch.store.folder]) % num == index]
+
+
+def _name_lost(batches: Sequence[Batch]) -> None:
+    """Says which batches others have computed where process 0 can't read them."""
+    if lost := [batch for batch in batches if not batch.store.has(batch.name)]:
+        print(
+            f"{len(lost)} batches of other processes are not in {lost[0].store.folder.parent}: "
+            "process 0 computes them again. A disk that all processes share saves that.",
+            file=sys.stderr,
+        )
 
 
 def _timed_first(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -108,4 +121,5 @@ def _expected(first: Sequence[Batch], rest: Sequence[Batch], seconds: dict[str, 
     count = Counter(batch.kind for batch in first)
     bound = "at most " if any(count[batch.kind] == 1 for batch in rest) else ""
     each = "" if num == 1 else f" in each of {num} processes"
-    return f"Expected time: {bound}{told} for the other {len(rest)} batches{each}."
+    batches = "batch" if len(rest) == 1 else "batches"
+    return f"Expected time: {bound}{told} for {len(rest)} more {batches}{each}."

@@ -112,7 +112,7 @@ def test_offline_the_error_says_what_to_do(tmp_path, name):
     assert "no network" in message and "load_digits" in message
     for archive in SOURCES[name].archives:
         assert archive.file_name in message and archive.url in message
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [f".{name}.lock"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -149,6 +149,51 @@ def test_load_downloads_and_prepares_once(tmp_path, network):
     assert calls == [archive.url for archive in SOURCES["mnist"].archives]
     assert data.load("mnist", "test[:3]", tmp_path).images.shape == (3, 28, 28, 1)
     assert len(calls) == 4
+
+
+TOGETHER = """
+import pathlib, sys, time
+from fmjax import data
+from fmjax.data import archives, prepare
+folder, number = pathlib.Path(sys.argv[1]), sys.argv[2]
+source = archives.SOURCES["mnist"]
+def read(where):
+    with open(folder / "reads", "a") as file:
+        file.write(number)
+    time.sleep(0.5)
+    return source.read(where)
+archives.SOURCES["mnist"] = source._replace(read=read)
+(folder / f"ready_{number}").touch()
+while len(list(folder.glob("ready_*"))) < 2:
+    time.sleep(0.01)
+prepare.prepare("mnist", archives=folder, data_dir=folder / "d", check=False)
+print(data.load("mnist", "train", folder / "d").images.sum())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_on_an_empty_folder_prepare_once(tmp_path):
+    images, _ = make_mnist(tmp_path)["train"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, tmp_path, str(k)], stdout=subprocess.PIPE, text=True
+        )
+        for k in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [int(text.splitlines()[-1]) for text in said] == [images.astype(int).sum()] * 2
+    assert (tmp_path / "reads").read_text() in ("0", "1")
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [".mnist.lock", "mnist"]
+
+
+def test_a_disk_without_locks_is_prepared_on_too(tmp_path, monkeypatch):
+    def acquire(self):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    make_mnist(tmp_path)
+    monkeypatch.setattr(prepare.filelock.FileLock, "acquire", acquire)
+    folder = prepare.prepare("mnist", archives=tmp_path, data_dir=tmp_path / "d", check=False)
+    assert prepare.is_prepared("mnist", tmp_path / "d") and folder.is_dir()
 
 
 def test_an_unknown_split_is_refused_before_the_download(tmp_path, network):

@@ -1,5 +1,6 @@
 """What an evaluation keeps and draws: stored batches, features of samples, the curve's points."""
 
+import jax
 import numpy as np
 import pytest
 from made_runs import known
@@ -87,3 +88,60 @@ def test_another_number_of_samples_takes_no_stale_features(tmp_path):
         got = features_of(num)
         np.testing.assert_array_equal(got, images[:num].reshape(num, -1)[:, :3])
     assert sizes == {40}
+
+
+def batches_of(tmp_path, counts):
+    """Batches of several stores, of one kind each."""
+    stores = {kind: store.Store(tmp_path, kind, {}) for kind in counts}
+    return [
+        share.Batch(stores[kind], str(i), lambda: {"x": np.zeros(1)}, kind)
+        for kind, count in counts.items()
+        for i in range(count)
+    ]
+
+
+def test_every_batch_is_one_process_s(tmp_path, monkeypatch):
+    """A sample and its features are the same process's, and all have as many to one in a store."""
+    batches = batches_of(tmp_path, {"log_prob": 4, "samples": 7, "features": 7})
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = []
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append([(batch.kind, batch.name) for batch in share._own(batches)])
+    assert sorted(sum(parts, [])) == sorted((batch.kind, batch.name) for batch in batches)
+    for part in parts:
+        names = {kind: [n for k, n in part if k == kind] for kind in ("samples", "features")}
+        assert names["samples"] == names["features"] and len(names["samples"]) in (2, 3)
+
+
+def test_the_expected_time_is_that_of_the_second_of_a_kind(tmp_path, monkeypatch):
+    """Compilation, in the first one, counts where there is no other figure, and as a bound."""
+    clock = [0.0]
+    monkeypatch.setattr(share.time, "perf_counter", lambda: clock[0])
+    batches = batches_of(tmp_path, {"samples": 12, "curve": 2})
+
+    def computing(batch, seconds):
+        def compute():
+            clock[0] += seconds
+            return {"x": np.zeros(1)}
+
+        return batch._replace(compute=compute)
+
+    slow = [computing(b, 100.0 if b.name == "0" else 7.0) for b in batches]
+    said = []
+    monkeypatch.setattr(share, "_expected", lambda *args, f=share._expected: said.append(f(*args)))
+    monkeypatch.setattr("tqdm.tqdm.write", lambda *args, **kwargs: None)
+    share.solve(slow, "batches")
+    assert said == ["Expected time: at most 3 min for 11 more batches."]  # 10 x 7 s and 100 s
+    again = [computing(b, 0.0) for b in slow]
+    share.solve(again, "batches")
+    assert len(said) == 1 and store.num_computed(tmp_path) == 14
+
+
+def test_batches_that_are_on_another_disk_are_named_and_computed(tmp_path, monkeypatch, capsys):
+    batches = batches_of(tmp_path, {"samples": 5})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(share.cluster, "wait", lambda name: None)
+    share.solve(batches, "batches")
+    assert f"2 batches of other processes are not in {tmp_path}" in capsys.readouterr().err
+    assert all(batch.get()["x"] == 0 for batch in batches)
