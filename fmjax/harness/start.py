@@ -78,7 +78,7 @@ def train(
     name = address(make_task).partition(":")[0].rpartition(".")[2]
     config = dataclasses.replace(config, workdir=config.workdir or _folder(name, config))
     _warn_if_lost(address(make_task))
-    task = make_task(config)
+    task = step.in_parts(config, make_task(config))
     check_num_examples(config, task.num_examples)
     params = jax.eval_shape(task.init, jax.random.key(0)).params
     with Run(name, config, _data_of(task), make_task) as run:
@@ -162,9 +162,11 @@ def _say_what_begins(config: RunConfig, task: Task, num_parameters: int, step: i
     where = (
         f"going on from step {step} to {config.num_steps}" if step else f"{config.num_steps} steps"
     )
+    batch = f"batch {config.batch_size}"
+    batch += f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     print(
         f"{count}{devices.flat[0].device_kind}, {num_parameters:,} parameters, "
-        f"{task.num_examples:,} examples, batch {config.batch_size}, {where}, in {config.folder}"
+        f"{task.num_examples:,} examples, {batch}, {where}, in {config.folder}"
         + (f"; {task.about}" if task.about else ""),
         flush=True,
     )
