@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fmjax import training
-from fmjax.harness import cluster, command, keys, loop, step
+from fmjax.harness import cluster, command, keys, loop, memory, step
 from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
 from fmjax.harness.read import restore_params
 from fmjax.harness.records import address
@@ -82,7 +82,8 @@ def train(
     check_num_examples(config, task.num_examples)
     params = jax.eval_shape(task.init, jax.random.key(0)).params
     with Run(name, config, _data_of(task), make_task) as run:
-        state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
+        with memory.explained(config, make_task):
+            state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
         _check_skipping(config, state)
         if run.saved_step is None and config.init_from is not None:
             state = _begin_with(state, restore_params(config.init_from, params)[0])
@@ -90,6 +91,7 @@ def train(
         num_parameters = sum(x.size for x in jax.tree.leaves(params))
         _say_what_begins(config, task, num_parameters, int(state.step))
         steps = step.jit_steps(config, task.step, state)
+        steps = memory.first_explained(steps, config, make_task)
         trained = Trained(task, name, config, int(state.step), None)
         state, rate = loop.train(
             run,
