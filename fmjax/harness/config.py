@@ -20,7 +20,7 @@ from fmjax.training import sharding
 FREE = frozenset({"workdir", "num_steps", "checkpoint_every", "log_every", "known"})
 FREE |= {"bucket_patience", "keep_every", "preview_every", "cpu_threads", "frames", "side"}
 FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "cluster"}
-FREE |= {"data_dir", "num_samples", "sample_tolerance", "guidance"}
+FREE |= {"accumulate", "data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
 _MAY_BE_ZERO |= {"model.dropout", "cluster.process_id", "label_dropout", "guidance"}
@@ -69,6 +69,9 @@ class RunConfig:
     """Devices to train on, the first ones; all of all processes without it."""
     fsdp: int = 1
     """Over how many devices one copy of parameters, average and optimiser state is split."""
+    accumulate: int = 1
+    """Parts that the devices take a step's batch in, one after the other: the same update in less
+    memory."""
     steps_per_dispatch: int = 1
     """Training steps per dispatch, without the host in between."""
     max_skipped_steps: int = 0
@@ -133,7 +136,16 @@ def check_flags(config: RunConfig) -> None:
 
 def check_devices(config: RunConfig) -> None:
     """Refuses flags that can't work on the devices that there are."""
-    sharding.check_batch_size(config.batch_size, mesh(config).size)
+    devices, parts = mesh(config).size, config.accumulate
+    if parts == 1:
+        sharding.check_batch_size(config.batch_size, devices)
+    elif config.batch_size % (parts * devices):
+        below = config.batch_size // (parts * devices) * parts * devices
+        sizes = " or ".join(str(size) for size in (below, below + parts * devices) if size)
+        raise ValueError(
+            f"--batch-size must be a multiple of --accumulate times the number of devices; got "
+            f"{config.batch_size} for {parts} parts on {devices} devices. Take {sizes}."
+        )
 
 
 def check_num_examples(config: RunConfig, num_examples: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fmjax import training
-from fmjax.harness import cluster, command, keys, loop, step
+from fmjax.harness import cluster, command, keys, loop, memory, step
 from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
 from fmjax.harness.read import restore_params
 from fmjax.harness.records import address
@@ -78,11 +78,12 @@ def train(
     name = address(make_task).partition(":")[0].rpartition(".")[2]
     config = dataclasses.replace(config, workdir=config.workdir or _folder(name, config))
     _warn_if_lost(address(make_task))
-    task = make_task(config)
+    task = step.in_parts(config, make_task(config))
     check_num_examples(config, task.num_examples)
     params = jax.eval_shape(task.init, jax.random.key(0)).params
     with Run(name, config, _data_of(task), make_task) as run:
-        state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
+        with memory.explained(config, make_task):
+            state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
         _check_skipping(config, state)
         if run.saved_step is None and config.init_from is not None:
             state = _begin_with(state, restore_params(config.init_from, params)[0])
@@ -90,6 +91,7 @@ def train(
         num_parameters = sum(x.size for x in jax.tree.leaves(params))
         _say_what_begins(config, task, num_parameters, int(state.step))
         steps = step.jit_steps(config, task.step, state)
+        steps = memory.first_explained(steps, config, make_task)
         trained = Trained(task, name, config, int(state.step), None)
         state, rate = loop.train(
             run,
@@ -162,9 +164,11 @@ def _say_what_begins(config: RunConfig, task: Task, num_parameters: int, step: i
     where = (
         f"going on from step {step} to {config.num_steps}" if step else f"{config.num_steps} steps"
     )
+    batch = f"batch {config.batch_size}"
+    batch += f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     print(
         f"{count}{devices.flat[0].device_kind}, {num_parameters:,} parameters, "
-        f"{task.num_examples:,} examples, batch {config.batch_size}, {where}, in {config.folder}"
+        f"{task.num_examples:,} examples, {batch}, {where}, in {config.folder}"
         + (f"; {task.about}" if task.about else ""),
         flush=True,
     )

@@ -9,7 +9,7 @@ import optax
 
 from fmjax import training
 from fmjax.harness.config import RunConfig, mesh
-from fmjax.harness.task import Init, Task
+from fmjax.harness.task import Init, LossStep, Task
 from fmjax.training import sharding
 
 Steps = Callable[
@@ -39,6 +39,23 @@ def init_state(config: RunConfig, init: Init, key: jax.Array) -> training.TrainS
     on_cpu = devices.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+
+
+def in_parts(config: RunConfig, task: Task) -> Task:
+    """The task, its step's batch taken in the parts that `--accumulate` asks for.
+
+    Raises:
+      ValueError: if the task has a step of its own, which can't be divided from outside.
+    """
+    if config.accumulate == 1:
+        return task
+    if not isinstance(task.step, LossStep):
+        raise ValueError(
+            "--accumulate needs a task whose step harness.from_loss makes; this one has a step of "
+            f"its own and got {config.accumulate} parts. Leave the flag out; a smaller "
+            "--batch-size fits too."
+        )
+    return task._replace(step=task.step.in_parts(config.accumulate, mesh(config)))
 
 
 def jit_steps(config: RunConfig, step: training.TrainStep, state: training.TrainState) -> Steps:

@@ -9,8 +9,8 @@ evaluation, sampling and export find the task of a run folder by importing it.
     loss           = mean(loss(params, k_loss, draw(k_draw, batch)))
 
 What is random about the examples (noise, times, pairing, dropped labels) is drawn over the global
-batch. A task with a step of its own, of two networks or of a teacher, brings it as a function
-`(state, key, batch) -> (state, metrics)`.
+batch, also where its loss is taken in parts (`LossStep`). A task with a step of its own, of two
+networks or of a teacher, brings it as a function `(state, key, batch) -> (state, metrics)`.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fmjax import training
 from fmjax.guidance import batched_guidance
 from fmjax.sources import Source
-from fmjax.training import digests
+from fmjax.training import accumulation, digests
 from fmjax.types import Velocity, kind, returned
 
 Batch = Callable[[np.ndarray], Any]  # rows `[num]` of the data -> a pytree of arrays `[num, ...]`
@@ -182,6 +183,26 @@ def check_guidance(task: Task, scale: float) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossStep:
+    """The step that `from_loss` makes: `(state, key, batch) -> (state, metrics)`.
+
+    Attributes:
+      undivided: takes the loss of the batch at once; what a call does.
+      in_parts: `(num_parts, mesh) -> step` that takes it in parts, once the whole batch is drawn,
+        for less memory: `training.accumulation`. The update is the same, to rounding, but for what
+        the loss draws from its key: dropout's masks are each part's own.
+    """
+
+    undivided: training.TrainStep
+    in_parts: Callable[[int, Mesh], training.TrainStep]
+
+    def __call__(
+        self, state: training.TrainState, key: jax.Array, batch: Any
+    ) -> tuple[training.TrainState, training.Metrics]:
+        return self.undivided(state, key, batch)
+
+
 def from_loss(
     draw: Draw,
     loss: Loss,
@@ -189,7 +210,7 @@ def from_loss(
     init_params: Callable[[jax.Array], Any],
     *,
     ema_decay: float | optax.Schedule = 0.9999,
-) -> tuple[Init, training.TrainStep]:
+) -> tuple[Init, LossStep]:
     """The `init` and `step` of a task whose loss is a mean over examples.
 
     Args:
@@ -219,19 +240,32 @@ def from_loss(
       1
     """
 
-    def mean_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
-        key_draw, key_loss = jax.random.split(key)
-        drawn = draw(key_draw, batch)
-        shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(drawn)}
-        if len(shapes) != 1 or () in shapes:
-            raise ValueError(
-                "draw must return arrays that all begin with the axis of the batch; got "
-                f"{[kind(leaf) for leaf in jax.tree.leaves(drawn)]}."
-            )
-        losses = loss(params, key_loss, drawn)
-        return jnp.mean(returned("loss", losses, shapes.pop(), "One number for each example."))
-
     def init(key: jax.Array) -> training.TrainState:
         return training.init_train_state(init_params(key), tx)
 
-    return init, training.make_train_step(mean_loss, tx, ema_decay=ema_decay)
+    def losses(params: Any, key: jax.Array, drawn: Any) -> jax.Array:
+        shape = np.shape(jax.tree.leaves(drawn)[0])[:1]
+        return returned("loss", loss(params, key, drawn), shape, "One number for each example.")
+
+    def step(mean: training.LossFn) -> training.TrainStep:
+        def mean_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+            key_draw, key_loss = jax.random.split(key)
+            return mean(params, key_loss, _same_length(draw(key_draw, batch)))
+
+        return training.make_train_step(mean_loss, tx, ema_decay=ema_decay)
+
+    def in_parts(num_parts: int, mesh: Mesh) -> training.TrainStep:
+        return step(accumulation.mean_in_parts(losses, num_parts, mesh))
+
+    return init, LossStep(step(lambda *args: jnp.mean(losses(*args))), in_parts)
+
+
+def _same_length(drawn: Any) -> Any:
+    """What was drawn, if all of its arrays have the axis of the batch."""
+    shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(drawn)}
+    if len(shapes) != 1 or () in shapes:
+        raise ValueError(
+            "draw must return arrays that all begin with the axis of the batch; got "
+            f"{[kind(leaf) for leaf in jax.tree.leaves(drawn)]}."
+        )
+    return drawn
