@@ -30,6 +30,7 @@ def velocity(t, x):
     return h
 
 
+@pytest.mark.slow
 def test_the_reference_agrees_with_fmjax():
     """Backwards with the log-density, and forwards again from where that ended."""
     x1 = points.normal(16)

@@ -66,6 +66,7 @@ def test_bits_per_dim_of_a_standard_normal(levels):
     np.testing.assert_allclose(got["bits_per_dim_standard_error"], standard_error, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_the_path_flag_and_the_images(path):
     images = load(config(), "train[:32]").images

@@ -102,6 +102,7 @@ def test_squared_distance_of_a_shift_is_its_square():
     assert abs(estimate.value - 4.0) < 4 * estimate.standard_error < 0.3
 
 
+@pytest.mark.slow
 def test_a_translation_has_no_excess_energy():
     """v = a: every path is straight, E int |v|^2 = |a|^2 = W2^2, NPE = 0."""
     a = jnp.array([3.0, -1.0])

@@ -55,6 +55,7 @@ def test_fit_goes_on_from_a_state():
     assert int(again.step) == 12 and none.shape == (0,)
 
 
+@pytest.mark.slow
 def test_fit_and_a_run_folder_give_the_same_parameters(tmp_path):
     state, found = harness.fit(task(), 12, batch_size=16)
     harness.train(tiny.Config(workdir=tmp_path, num_steps=12, log_every=1), tiny.make_task)

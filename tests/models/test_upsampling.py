@@ -67,6 +67,7 @@ def test_nine_products_equal_doubling_and_convolving(name):
     assert errors[0] < 4 * errors[1] < 1e-5
 
 
+@pytest.mark.slow
 def test_nine_products_where_winograd_would_run_and_the_two_elsewhere():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 64)), jnp.float32)
     conv = nn.Conv(64, (3, 3), padding=1)

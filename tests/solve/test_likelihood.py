@@ -150,6 +150,7 @@ def test_log_prob_over_part_of_the_time():
     np.testing.assert_allclose(got, flow.log_prob(0.6, x), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_source():
     """A uniform source on [-1, 1]^2, doubled and shifted: density 1/16 inside, 0 outside."""
 

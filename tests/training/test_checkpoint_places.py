@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_sharded_states_restore_into_another_mesh(tmp_path):
     mesh = sharding.make_mesh()
     whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ("data",)))

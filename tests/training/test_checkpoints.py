@@ -193,6 +193,7 @@ def round_trip(state):
         return checkpoints.restore(manager, state)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(trees)
 def test_what_is_restored_is_what_was_saved_whatever_the_keys(tree):
