@@ -211,7 +211,7 @@ def _positional(config: type[Any]) -> list[tuple[str, str]]:
     for field, hint in typing.get_type_hints(config, include_extras=True).items():
         kind, *marks = typing.get_args(hint) or (hint,)
         if tyro.conf.Positional in marks:
-            found.append((field, "folder" if kind is pathlib.Path and field != "file" else field))
+            found.append((field, "folder" if _is_path(kind) and field != "file" else field))
     return found
 
 
@@ -243,3 +243,7 @@ def _on_unraisable(unraisable: Any) -> None:
     late = "Event loop is closed" in str(unraisable.exc_value)
     if not late and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
+
+
+def _is_path(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, pathlib.PurePath)

@@ -260,6 +260,7 @@ def store(server, monkeypatch):
     patient.Patient.clear_instance_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "cut"])
 def test_an_outage_is_waited_for(store, fault):
     path = epath.Path("gs://bucket/word")
@@ -307,6 +308,7 @@ def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
     assert not (other / "samples" / "never_sent.png").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_marked_by_an_object(store):
     def state(step):
         return training.TrainState(jnp.int32(step), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
@@ -325,6 +327,7 @@ def test_a_damaged_checkpoint_is_marked_by_an_object(store):
         assert int(checkpoints.restore(manager, state(0)).step) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_costs_ten_requests_of_ours_at_most(store, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     arrays = {f"w{k}": jnp.ones(3) for k in range(41)}
@@ -349,6 +352,7 @@ def test_a_checkpoint_costs_ten_requests_of_ours_at_most(store, monkeypatch, tmp
     assert len(events) == 5  # each once
 
 
+@pytest.mark.slow
 def test_what_a_dead_run_had_not_sent_is_gone(store, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
@@ -376,6 +380,7 @@ def test_a_start_that_fails_leaves_no_object(store, monkeypatch, tmp_path):
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_two_runs_can_not_both_complete_a_checkpoint(store, monkeypatch, tmp_path):
     state = training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
     config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
