@@ -14,7 +14,7 @@ on_every_host() {
   gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"
 }
 
-on_every_host "pip install -q 'jax[tpu]' gcsfs && pip install -q -e 'fmjax[train]'"
+on_every_host "pip install -q 'jax[tpu]' && pip install -q -e 'fmjax[train,gcs]'"
 
 # A host that vanishes ends the others within a minute; the exit code is then 134.
 on_every_host "cd fmjax && exec python -m experiments.cifar10 --workdir gs://$bucket/cifar10 \
