@@ -124,7 +124,7 @@ def likelihood_of(config: Config, held_out: data.ImageDataset) -> densities.Like
         divergence=(lambda key: fm.exact_divergence()) if exact else hutchinson,
         num_draws=config.num_draws,
         tolerance=config.tolerance,
-        batch_size=config.batch_size,
+        batch_size=min(config.batch_size, len(held_out.images)),
         settings={
             "dequantization": names[config.dequantization],
             "divergence": "exact" if exact else f"hutchinson, {config.num_probes} {config.probe}",

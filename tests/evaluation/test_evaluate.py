@@ -22,7 +22,7 @@ from PIL import Image
 
 import fmjax as fm
 from experiments import digits, two_moons
-from fmjax import metrics, models
+from fmjax import data, metrics, models
 from fmjax.data import pixels
 from fmjax.evaluation import classifier, densities, evaluate, images, judging, protocol, report
 from fmjax.harness import keys, store
@@ -352,6 +352,13 @@ def test_a_conditional_run_is_drawn_by_class_and_judged_by_it(folders):
     other = densities.measure(how, model, held_out, batches, 0, conditional=True)
     assert other["bounds"] != one["likelihood"]["bounds"]
     assert store.num_computed(run / "evaluation") == computed
+
+
+@pytest.mark.parametrize(("num", "size"), [(4, 4), (60, 40)])
+def test_no_more_images_are_solved_than_there_are(folders, num, size):
+    held_out = data.load_digits("test")._replace(images=np.zeros((num, 8, 8, 1), np.uint8))
+    how = images.likelihood_of(config(folders, folders / "digits"), held_out)
+    assert how.batch_size == size
 
 
 @pytest.mark.parametrize("run", ["digits", "two_moons"])
