@@ -76,15 +76,12 @@ def needed(config: RunConfig, task: Task) -> int:
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size + np.shape(x)[1:], jax.dtypes.canonicalize_dtype(x.dtype))
 
-    jitted = sharding.jit_train_step(
-        training.many_steps(task.step),
-        devices,
-        state=sharding.state_sharding(state, devices),
-        batch_axis=1,
+    shardings, batches = sharding.state_sharding(state, devices), task.batch(np.arange(1))
+    jitted: Any = sharding.jit_train_step(
+        training.many_steps(task.step), devices, state=shardings, batch_axis=1
     )
-    batches = jax.tree.map(abstract, task.batch(np.arange(1)))
-    lowered: Any = jitted  # a TrainStep to its callers
-    found = lowered.lower(state, jax.random.key(0), batches).compile().memory_analysis()
+    lowered = jitted.lower(state, jax.random.key(0), jax.tree.map(abstract, batches))
+    found = lowered.compile().memory_analysis()
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes
 

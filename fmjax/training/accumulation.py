@@ -10,6 +10,9 @@ held at a time, besides one sum of gradients.
 Part p has the examples p, N + p, 2 N + p, ... of the batch. A device that holds B / D rows in
 sequence holds B / (D N) of each part, so that nothing is sent, and which examples make a part does
 not depend on the number of devices.
+
+On a GPU or a TPU the parts are the turns of a loop. XLA's convolutions on a CPU are tens of times
+slower inside of a loop, so there the parts are written out, each of which waits for the one before.
 """
 
 from collections.abc import Callable
@@ -58,12 +61,15 @@ def mean_in_parts(losses: Losses, num_parts: int, mesh: Mesh) -> LossFn:
     def part_mean(params: Any, key: jax.Array, part: Any) -> jax.Array:
         return jnp.mean(losses(params, key, part))
 
+    unrolled = _unrolled(mesh)
+
     def over_parts(function: Callable[..., Any], params: Any, key: jax.Array, batch: Any) -> Any:
         """The mean of `function(params, key, part)`, a pytree, over the parts."""
 
         def add(sums: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
             number, part = numbered
-            values = function(params, jax.random.fold_in(key, number), part)
+            waiting = _after(jax.tree.leaves(sums)[0], params) if unrolled else params
+            values = function(waiting, jax.random.fold_in(key, number), part)
             return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, values), None
 
         parts = jax.tree.map(lambda x: _split(x, num_parts, mesh), batch)
@@ -71,7 +77,7 @@ def mean_in_parts(losses: Losses, num_parts: int, mesh: Mesh) -> LossFn:
         first = jax.tree.map(lambda x: x[0], numbered)
         shapes = jax.eval_shape(lambda: function(params, key, first[1]))
         zeros = jax.tree.map(lambda x: at_least_float32(jnp.zeros(x.shape, x.dtype)), shapes)
-        sums, _ = jax.lax.scan(add, zeros, numbered)
+        sums, _ = jax.lax.scan(add, zeros, numbered, unroll=unrolled)
         return jax.tree.map(lambda s, x: (s / num_parts).astype(x.dtype), sums, shapes)
 
     @jax.custom_vjp
@@ -86,6 +92,15 @@ def mean_in_parts(losses: Losses, num_parts: int, mesh: Mesh) -> LossFn:
 
     loss_fn.defvjp(forward, backward)
     return loss_fn
+
+
+def _unrolled(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _after(loss: jax.Array, params: Any) -> Any:
+    """The parameters, once the loss is there; XLA drops a barrier before it orders a program."""
+    return jax.tree.map(lambda p: jnp.where(jnp.isnan(loss), jnp.nan, p).astype(p.dtype), params)
 
 
 def _split(x: jax.Array, num_parts: int, mesh: Mesh) -> jax.Array:
