@@ -6,6 +6,7 @@ is still its own. So a preempted pod's successor begins at once, and a predecess
 ends without having written.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -79,14 +80,13 @@ class Bucket(Disk):
             self._sender.receive()
 
     def close(self, *, forget: bool = False) -> None:
-        if self._dog is not None:
-            self._dog.close()
-        try:
-            if self._sender is not None:
-                self._sender.close(send=not forget)
-        finally:
+        with contextlib.ExitStack() as ends:  # the last one first, each its turn
+            if self._dog is not None:
+                ends.callback(self._dog.close)
             if self._fence is not None:
-                self._fence.drop(forget=forget)
+                ends.callback(self._fence.drop, forget=forget)
+            if self._sender is not None:
+                ends.callback(self._sender.close, send=not forget)
 
 
 class Fence:
@@ -135,11 +135,11 @@ class Fence:
 
 
 class Watchdog:
-    """Ends this process when a save can't come to its end, which others would wait for for ever.
+    """Ends this process when the bucket has not answered for too long.
 
-    TensorStore goes on asking for a quarter of an hour, and then the processes wait for each other.
-    As long as a save is in progress, this asks the bucket for the token by requests of its own;
-    when all have failed for `patience` seconds, the process ends.
+    What waits for the bucket would wait on: TensorStore asks for a quarter of an hour, and the
+    processes of a pod wait for each other. All requests through `Patient` tell whether there are
+    answers; as long as a save is in progress, which is TensorStore's, this makes some of its own.
 
     Args:
       folder: the run folder.
@@ -148,7 +148,7 @@ class Watchdog:
       kept: says what a run that starts again goes on from.
     """
 
-    every = 10.0
+    every = 5.0
 
     def __init__(
         self,
@@ -160,24 +160,19 @@ class Watchdog:
         self._folder, self._patience = folder, patience
         self._saving, self._kept = saving, kept
         self._probe = patient.Patient(skip_instance_cache=True)
-        self._probe.patience, self._probe.request_seconds = 0.0, self.every
-        self._ended = threading.Event()
+        self._probe.patience, self._probe.request_seconds = 0.0, 2 * self.every
+        self._ended, self._busy = threading.Event(), 0
         threading.Thread(target=self._watch, daemon=True, name="fmjax-watchdog").start()
 
     def _watch(self) -> None:
-        failing = None  # since when
         while not self._ended.wait(self.every):
-            if not self._saving():
-                failing = None
-                continue
-            began = time.monotonic()
-            try:
-                self._probe.cat_file(f"{self._folder}/owner.json")
-                failing = None
-            except Exception as error:
-                failing = began if failing is None else failing
-                if time.monotonic() - failing > self._patience:
-                    self._end(error)
+            self._busy = self._busy + 1 if self._saving() else 0
+            if self._busy > 3:  # most saves are done by then, and cost no request
+                with contextlib.suppress(Exception):
+                    self._probe.cat_file(f"{self._folder}/owner.json")
+            failing = patient.Patient.failing
+            if failing is not None and time.monotonic() - failing[0] > self._patience:
+                self._end(failing[1])
 
     def _end(self, error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]

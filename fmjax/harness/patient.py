@@ -28,11 +28,13 @@ class Patient(gcsfs.core.GCSFileSystem):
     Attributes:
       patience: seconds for which a request is tried again.
       request_seconds: for one to be answered; it may carry many megabytes.
+      failing: since when every request has failed, and the last one's error; None after an answer.
       before_commit: by folder, called before a checkpoint in it is made complete.
     """
 
     patience = 300.0
     request_seconds = 60.0
+    failing: tuple[float, Exception] | None = None
     before_commit: dict[str, Callable[[], None]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,11 +46,18 @@ class Patient(gcsfs.core.GCSFileSystem):
         attempt: Any = inspect.unwrap(gcsfs.core.GCSFileSystem._request)  # without its six tries
         deadline, wait = time.monotonic() + self.patience, 0.5
         while True:
+            began = time.monotonic()
             try:
                 call = attempt(self, method, path, *args, **kwargs)
-                return await asyncio.wait_for(call, self.request_seconds)
+                answer = await asyncio.wait_for(call, self.request_seconds)
+                Patient.failing = None
+                return answer
             except Exception as error:
-                if not passing(error) or time.monotonic() + wait > deadline:
+                if not passing(error):
+                    Patient.failing = None
+                    raise
+                Patient.failing = (Patient.failing or (began,))[0], error
+                if time.monotonic() + wait > deadline:
                     raise
             await asyncio.sleep(wait)
             wait = min(2 * wait, 15.0)

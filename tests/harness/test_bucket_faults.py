@@ -20,7 +20,8 @@ from test_buckets import (  # noqa: E402
 )
 
 __all__ = ["hosts", "server"]
-ENDLESS = ("--num-steps", "1000000", "--checkpoint-every", "50")
+STEPS = ("--num-steps", "1000000")
+ENDLESS = (*STEPS, "--checkpoint-every", "50")
 
 
 @pytest.mark.long
@@ -43,6 +44,7 @@ def test_beyond_the_patience_every_process_ends(server, hosts, fault):
     flags = (*ENDLESS, "--bucket-patience", "20")
     processes = pod(hosts, *flags)
     wait_for_step(server, 50, hosts, processes)
+    time.sleep(3)  # until the processes know that it is whole
     server.fault = fault
     began = time.monotonic()
     for process in processes:
@@ -66,7 +68,7 @@ def test_ten_kills_of_a_random_process(server, hosts):
     choose = random.Random(0)
     for _ in range(10):
         saved = steps(server)
-        processes = pod(hosts, *ENDLESS, "--checkpoint-every", "10")
+        processes = pod(hosts, *STEPS, "--checkpoint-every", "10")
         wait_for_step(server, (saved or [0])[-1] + 10, hosts, processes)
         time.sleep(choose.uniform(0, 3))
         held = steps(server)[-1]
@@ -74,6 +76,7 @@ def test_ten_kills_of_a_random_process(server, hosts):
         for process in processes:
             process.wait(120)  # the other ends within JAX's heartbeat
         assert steps(server)[-1] >= held
-    process = alone(hosts[0], "--num-steps", str(steps(server)[-1] + 10))
+    num = str(steps(server)[-1] + 10)
+    process = alone(hosts[0], "--num-steps", num, "--checkpoint-every", "10")
     hosts[0].finish(process)
     rows(server)

@@ -279,6 +279,12 @@ def test_patience_ends(store):
     with pytest.raises(HttpError, match="503 says the proxy"):
         patient.read("gs://bucket/word")
     assert time.monotonic() - began < 10
+    since, error = patient.Patient.failing
+    assert since >= began and "503" in str(error)
+    store.fault = None
+    with pytest.raises(FileNotFoundError):  # an answer
+        patient.read("gs://bucket/word")
+    assert patient.Patient.failing is None
 
 
 def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
