@@ -118,6 +118,7 @@ class Run:
         self._record |= {} if data is None else {"data": data}
         self.seconds = 0.0  # of training, earlier starts included
         self._events = None
+        self._saving: int | None = None  # the step of the last save
 
     def __enter__(self) -> "Run":
         self._compiled = contextlib.ExitStack()
@@ -141,8 +142,8 @@ class Run:
     def _kept(self) -> str:
         """What a run that can't go on leaves to the next start."""
         if places.in_bucket(self.address):  # without asking it
-            steps = list(self._manager.all_steps())
-            steps = steps[:-1] if self._manager.is_saving_in_progress() else steps
+            last = self._saving if self._manager.is_saving_in_progress() else None
+            steps = [step for step in self._manager.all_steps() if step != last]
         else:
             steps = checkpoints.steps_in(self.address / "checkpoints")
         return f"the last good checkpoint is step {max(steps)}" if steps else "no step is saved"
@@ -265,6 +266,7 @@ class Run:
             cluster.main_first(self._place.check)
             if self._events is not None:
                 self._open_events(int(state.step))
+        self._saving = int(state.step)
         checkpoints.save(self._manager, state, self._flags, wait=wait)
 
     def log(self, step: int, row: dict[str, float]) -> None:
