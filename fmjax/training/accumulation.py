@@ -68,7 +68,7 @@ def mean_in_parts(losses: Losses, num_parts: int, mesh: Mesh) -> LossFn:
 
         def add(sums: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
             number, part = numbered
-            waiting = _after(jax.tree.leaves(sums)[0], params) if unrolled else params
+            waiting = _after(sums, params) if unrolled else params
             values = function(waiting, jax.random.fold_in(key, number), part)
             return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, values), None
 
@@ -98,9 +98,10 @@ def _unrolled(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _after(loss: jax.Array, params: Any) -> Any:
-    """The parameters, once the loss is there; XLA drops a barrier before it orders a program."""
-    return jax.tree.map(lambda p: jnp.where(jnp.isnan(loss), jnp.nan, p).astype(p.dtype), params)
+def _after(sums: Any, params: Any) -> Any:
+    """The parameters, once the sums are there; XLA drops a barrier before it orders a program."""
+    nan = jnp.isnan(sum(jnp.ravel(s)[0] for s in jax.tree.leaves(sums) if s.size))
+    return jax.tree.map(lambda p: jnp.where(nan, jnp.nan, p).astype(p.dtype), params)
 
 
 def _split(x: jax.Array, num_parts: int, mesh: Mesh) -> jax.Array:

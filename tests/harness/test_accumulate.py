@@ -1,6 +1,11 @@
 """--accumulate: a step's batch in parts, the same draws and the same run."""
 
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +15,17 @@ import pytest
 import tiny
 from commands import end, one_line
 from made_runs import final_state, losses
-from test_pod import finish, start, start_pod
 
 import fmjax as fm
 from experiments import two_moons
 from fmjax import harness
 from fmjax.harness import step
+from fmjax.harness.read import read
 from fmjax.tasks.points import MLPConfig
 from fmjax.training import sharding
 
+ROOT = pathlib.Path(__file__).parents[2]
+SECONDS = 300  # far more than it takes
 KEY = jax.random.key(5)
 MOONS = functools.partial(
     two_moons.Config,
@@ -93,14 +100,41 @@ def test_a_run_resumes_in_other_parts(tmp_path):
     assert_same_run(trained(tmp_path / "two", accumulate=2), want)
 
 
+def start_pod(folder, *flags):
+    """Two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tiny", "--workdir", str(folder), *flags]
+    command += ["--cluster.coordinator", address, "--cluster.num-processes", "2"]
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": path}
+    return [
+        subprocess.Popen(
+            [*command, "--cluster.process-id", str(i)],
+            cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_take_parts_as_one_does_none(tmp_path):
-    flags = ("--num-steps", "20", "--coupling", "minibatch_ot")
-    for process in start_pod(tmp_path / "pod", *flags, "--accumulate", "4"):
-        finish(process, tmp_path / "pod")
-    finish(start(tmp_path / "one", 1, *flags), tmp_path / "one")
-    runs = [(np.array(losses(p)), final_state(p)[1]) for p in (tmp_path / "pod", tmp_path / "one")]
+def test_two_processes_take_the_parts_that_one_takes(tmp_path):
+    """With a key for each part, which the loss draws from: the same rows are in the same part."""
+    flags = dict(batch_size=48, accumulate=3, num_steps=15, log_every=1)
+    words = [w for name, n in flags.items() for w in (f"--{name.replace('_', '-')}", str(n))]
+    for process in start_pod(tmp_path / "pod", *words, "--fsdp", "8"):
+        said, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, said
+    harness.train(tiny.Config(workdir=tmp_path / "one", num_devices=1, **flags), tiny.make_task)
+    runs = [
+        (np.array(losses(path)), read(path, average=False).params)
+        for path in (tmp_path / "pod", tmp_path / "one")
+    ]
     assert_same_run(*runs)
+    flags = flags | {"accumulate": 1}
+    harness.train(tiny.Config(workdir=tmp_path / "none", num_devices=1, **flags), tiny.make_task)
+    assert np.max(np.abs(losses(tmp_path / "none") - runs[0][0])) > 1e-3  # other noise
 
 
 def test_held_out_losses_are_those_of_the_whole_batch():
