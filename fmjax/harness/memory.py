@@ -81,19 +81,22 @@ def needed(config: RunConfig, task: Task) -> int:
         training.many_steps(task.step), devices, state=shardings, batch_axis=1
     )
     lowered = jitted.lower(state, jax.random.key(0), jax.tree.map(abstract, batches))
-    found = lowered.compile().memory_analysis()
+    found = lowered.compile(compiler_options=step.unoptimised(devices)).memory_analysis()
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes
 
 
 def alternatives(config: RunConfig, task: Task) -> dict[str, RunConfig]:
-    """Flags that need less memory, of those that the task has, as words and as a config."""
+    """Flags that need less memory, of those that the task has, as words and as a config.
+
+    On a CPU more parts take longest to compile, and come after `--remat`.
+    """
     devices = mesh(config).size
     found: dict[str, dict[str, Any]] = {}
-    if isinstance(task.step, LossStep) and (parts := _more_parts(config, devices)):
-        found[f"--accumulate {parts}"] = {"accumulate": parts}
     if getattr(config, "remat", None) is False:
         found["--remat"] = {"remat": True}
+    if isinstance(task.step, LossStep) and (parts := _more_parts(config, devices)):
+        found[f"--accumulate {parts}"] = {"accumulate": parts}
     if config.fsdp < devices:
         found[f"--fsdp {devices}"] = {"fsdp": devices}
     if getattr(config, "precision", None) == "float32":
@@ -139,7 +142,11 @@ def _advice(config: RunConfig, make_task: Callable[[Any], Task]) -> str:
     needs = [f"{words} would need {_gib(size)} on each" for words, size in measured.items()]
     less = [words for words in known if words not in measured]
     texts = [", ".join(needs)] if needs else []
-    texts += [f"{' and '.join(less)} {'also ' * bool(needs)}lower the need"] if less else []
+    texts += (
+        [f"{', '.join(less)} {'also ' * bool(needs)}lower{'s' * (len(less) == 1)} the need"]
+        if less
+        else []
+    )
     return f"{'; '.join([*texts, 'a smaller --batch-size fits too'])}."
 
 

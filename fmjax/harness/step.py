@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from fmjax import training
 from fmjax.harness.config import RunConfig, mesh
@@ -36,9 +37,13 @@ def init_state(config: RunConfig, init: Init, key: jax.Array) -> training.TrainS
     devices = mesh(config)
     shardings = sharding.state_sharding(jax.eval_shape(init, key), devices)
     # It runs once: on a CPU, to optimise it would take longer than many steps.
+    return jax.jit(init, out_shardings=shardings, compiler_options=unoptimised(devices))(key)
+
+
+def unoptimised(devices: Mesh) -> dict[str, Any] | None:
+    """Compiler options of what hardly runs: on a CPU it compiles in about half of the time."""
     on_cpu = devices.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 def in_parts(config: RunConfig, task: Task) -> Task:
