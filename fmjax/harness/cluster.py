@@ -183,8 +183,17 @@ def wait(name: str) -> None:
 
     Args:
       name: what is waited for.
+
+    Raises:
+      ConnectionError: if one of them has ended, as JAX's heartbeat finds.
     """
-    multihost.get_barrier_sync_fn()(key=f"fmjax {name}", timeout_ms=_FOREVER)
+    try:
+        multihost.get_barrier_sync_fn()(key=f"fmjax {name}", timeout_ms=_FOREVER)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConnectionError(
+            "All processes of a pod must come to the end; another one has ended before. What is "
+            "stored stays: start all of them again."
+        ) from error
 
 
 class Preemption:

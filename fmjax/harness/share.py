@@ -2,8 +2,9 @@
 
 Batch i of a store is solved by process i mod N, on its own devices and without a word to the
 others, so that a slow one holds up nobody before the end. What passes between them are the files of
-the stores. A batch depends on its number alone: N processes find the numbers of one, and a start
-after a kill computes what is missing, whatever N was.
+the stores. A batch depends on its number alone: N processes find the numbers of one (with as many
+devices, for others round otherwise), and a start after a kill computes what is missing, whatever N
+was.
 """
 
 import itertools

@@ -129,3 +129,12 @@ def test_what_process_0_raises_reaches_the_caller():
     assert cluster.main_first(lambda: 3) == 3
     with pytest.raises(KeyError):
         cluster.main_first(lambda: {}["nothing"])
+
+
+def test_who_waits_for_a_process_that_has_ended_is_told(monkeypatch):
+    def barrier(key, timeout_ms):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: task is set to ERROR")
+
+    monkeypatch.setattr(cluster.multihost, "get_barrier_sync_fn", lambda: barrier)
+    with pytest.raises(ConnectionError, match="another one has ended.*start all of them again"):
+        cluster.wait("batches")
