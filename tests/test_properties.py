@@ -21,6 +21,7 @@ SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 few = settings(max_examples=10, deadline=None)  # each compiles
 
 
+@pytest.mark.slow
 @few
 @given(
     num=st.integers(1, 40), share=st.integers(1, 40), seed=st.integers(0, 9), at=st.integers(0, 60)

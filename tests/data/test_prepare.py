@@ -220,6 +220,7 @@ def test_data_root(monkeypatch, tmp_path):
     assert prepare.data_root(None) == Path.home() / "tensorflow_datasets"
 
 
+@pytest.mark.slow
 def test_command_line_without_tensorflow(tmp_path):
     make_mnist(tmp_path)
     program = (

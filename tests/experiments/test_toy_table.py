@@ -116,6 +116,7 @@ def test_a_translation_has_no_excess_energy():
     np.testing.assert_allclose(toy_report.path_energy_excess(energy, distance), 0.0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_rotation_pays_for_its_arc():
     """v = w J x keeps |x|, so int |v|^2 = w^2 |x|^2, where W2 between N(0, I) and itself is 0.
 

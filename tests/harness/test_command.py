@@ -161,6 +161,7 @@ def test_traceback_is_a_flag_of_every_command_and_no_field_of_its_config(capsys)
     assert ended.value.code == 0 and "--traceback" in text and "--model.channels" in text
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own():
     """What JAX says where it detects no pod, for which it must not have started yet."""
     run = [sys.executable, "-m", "experiments.digits", "--cluster.join", "yes"]

@@ -45,6 +45,7 @@ def test_fit_is_the_loop_by_hand_to_the_bit():
     assert not np.array_equal(other.params["w"], state.params["w"])
 
 
+@pytest.mark.slow
 def test_fit_goes_on_from_a_state():
     whole, all_losses = harness.fit(task(), 12, batch_size=16)
     half, first = harness.fit(task(), 5, batch_size=16)

@@ -66,6 +66,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path, broken, 
     assert dump["step"] == 4 and dump["checkpoint"] == 2
 
 
+@pytest.mark.slow
 def test_up_to_n_such_steps_are_left_out(tmp_path):
     """From the fourth on every step is bad: n stays where three steps brought it."""
     state, _ = train_until_broken(tmp_path / "skips", nan_loss, num_steps=8, max_skipped_steps=5)

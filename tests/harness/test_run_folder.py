@@ -99,6 +99,7 @@ def test_a_run_that_was_stopped_anywhere_has_the_lines_of_one_that_never_was(
     assert len(json.loads((folder / "window.json").read_text())) <= 4
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_that_a_run_resumes_from_are_dropped(tmp_path, whole):
     """Stopped at 22 with the last checkpoint at 18: the line of step 20 is written anew, once."""
     with pytest.raises(RuntimeError), before_batch(22, crash):

@@ -115,6 +115,7 @@ def test_a_run_that_resumes_does_not_ask_for_what_it_began_with(tmp_path):
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_first_save_that_was_cut_short_is_no_beginning(tmp_path):
     """Killed while the first checkpoint was written, a run begins with the other's again."""
     run(tmp_path / "first")
@@ -124,6 +125,7 @@ def test_a_first_save_that_was_cut_short_is_no_beginning(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_at(tmp_path / "second", 1), want)
 
 
+@pytest.mark.slow
 def test_parameters_of_another_network_are_refused_with_the_leaves_that_differ(tmp_path):
     run(tmp_path / "first")
 
@@ -180,6 +182,7 @@ def test_a_start_that_fails_leaves_nothing_where_nothing_was(tmp_path, what):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["shape", "optimiser", "data"])
 def test_a_start_that_fails_leaves_an_existing_folder_as_it_was(tmp_path, what):
     folder = tmp_path / "run"
@@ -218,6 +221,7 @@ def no_data():
     raise ValueError("no data any more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "error", "step"),
     [(sigterm, SystemExit, 4), (no_data, ValueError, 2)],

@@ -97,6 +97,7 @@ def test_hutchinson_is_unbiased_and_has_its_variance(name, num_probes):
     assert np.abs(off_diagonal).max() < 4 / np.sqrt(num_keys)
 
 
+@pytest.mark.slow
 def test_hutchinson_probes_depend_on_the_key_alone():
     x = draw((3, 5))
     at = [fm.hutchinson_divergence(KEY)(lambda t, x: x @ draw((5, 5), 1), t, x) for t in (0.1, 0.9)]
