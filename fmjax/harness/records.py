@@ -36,7 +36,7 @@ def claim(folder: pathlib.Path) -> contextlib.ExitStack:
     Raises:
       ValueError: if it can't be written, or another process holds it.
     """
-    for part in (folder, folder / "samples"):
+    for part in (folder, folder / "checkpoints", folder / "samples"):
         make_folder(part)
     return lock(folder)
 

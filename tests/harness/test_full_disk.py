@@ -31,7 +31,7 @@ def test_a_full_disk_at_every_write_is_one_line_and_with_room_the_command_ends(t
     for what, moment in moments.items():
         *before, line = moment["said"].strip().splitlines()
         assert "Traceback" not in moment["said"] and line.startswith("error: "), moment
-        assert all("it/s" in bar or "step" in bar or not bar.strip() for bar in before), moment
+        assert all("batch/s" in bar or "step" in bar or not bar.strip() for bar in before), moment
         assert moment["code"] == 2 and FULL in line, moment
         nan = what == "not_finite"  # stops the run again
         assert moment["again"] == (2 if nan else 0), moment

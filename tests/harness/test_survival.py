@@ -96,7 +96,7 @@ def saved(folder):
 @pytest.mark.long
 def test_20_kills_at_random_moments_change_no_bit(tmp_path):
     """Half of them anywhere from the start on, half among the steps and saves."""
-    flags = ("--num-steps", "8000", "--checkpoint-every", "10", "--log-every", "5")
+    flags = ("--num-steps", "16000", "--checkpoint-every", "10", "--log-every", "5")
     folder, moments = tmp_path / "killed", random.Random(0)
     progress, in_writing = 0, 0
     for kill in range(20):
@@ -121,7 +121,7 @@ def test_20_kills_at_random_moments_change_no_bit(tmp_path):
     assert progress >= 8 and in_writing >= 5  # else these moments prove little
     for name in ("killed", "untouched"):
         finish(start(tmp_path / name, *flags), tmp_path / name)
-    assert_same_run(folder, tmp_path / "untouched", 8000, 5)
+    assert_same_run(folder, tmp_path / "untouched", 16000, 5)
 
 
 def resident(process):
