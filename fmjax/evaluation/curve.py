@@ -16,7 +16,8 @@ import numpy as np
 from fmjax import plotting
 from fmjax.evaluation import drawing
 from fmjax.evaluation.protocol import Config
-from fmjax.harness import cluster, keys, share
+from fmjax.harness import keys, share
+from fmjax.harness.pods import cluster
 from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate

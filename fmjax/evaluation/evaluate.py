@@ -20,7 +20,8 @@ import numpy as np
 from fmjax.evaluation import protocol, report
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.protocol import Config as Config
-from fmjax.harness import cluster, keys, places
+from fmjax.harness import keys, places
+from fmjax.harness.pods import cluster
 from fmjax.harness.read import read
 from fmjax.harness.records import lock, writing
 from fmjax.harness.run import differences

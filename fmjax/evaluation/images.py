@@ -11,7 +11,8 @@ from fmjax import data, plotting
 from fmjax.data import dequantization
 from fmjax.evaluation import curve, densities, drawing, judging, protocol, quality, report
 from fmjax.evaluation.protocol import Config
-from fmjax.harness import cluster, share
+from fmjax.harness import share
+from fmjax.harness.pods import cluster
 from fmjax.harness.store import Store, num_computed
 from fmjax.harness.task import Trained
 from fmjax.metrics import Estimate

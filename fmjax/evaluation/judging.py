@@ -20,7 +20,7 @@ from fmjax.data import pixels
 from fmjax.evaluation import encoder as encoders
 from fmjax.evaluation.classifier import Classifier
 from fmjax.evaluation.reference import Reference, load_or_compute
-from fmjax.harness import cluster
+from fmjax.harness.pods import cluster
 from fmjax.harness.records import make_folder
 from fmjax.metrics import resnet
 from fmjax.metrics.encoders import (

@@ -19,7 +19,8 @@ from fmjax.evaluation import curve, drawing, protocol, report
 from fmjax.evaluation.curve import errors_over_seeds, over_seeds
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.protocol import Config
-from fmjax.harness import cluster, keys, share
+from fmjax.harness import keys, share
+from fmjax.harness.pods import cluster
 from fmjax.harness.share import Batch
 from fmjax.harness.store import Store, num_computed
 from fmjax.harness.task import Trained

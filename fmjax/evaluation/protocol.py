@@ -10,8 +10,8 @@ from etils import epath
 from fmjax import data
 from fmjax.evaluation import judging
 from fmjax.harness.bounds import check_numbers, check_seeds
-from fmjax.harness.cluster import ClusterConfig
 from fmjax.harness.config import flags
+from fmjax.harness.pods.cluster import ClusterConfig
 from fmjax.harness.records import environment
 from fmjax.harness.task import Trained
 from fmjax.training import sharding

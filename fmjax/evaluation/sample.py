@@ -22,9 +22,10 @@ from etils import epath
 
 from fmjax import plotting
 from fmjax.evaluation import drawing
-from fmjax.harness import cluster, keys, places
+from fmjax.harness import keys, places
 from fmjax.harness.bounds import check_numbers, check_seeds
-from fmjax.harness.cluster import ClusterConfig
+from fmjax.harness.pods import cluster
+from fmjax.harness.pods.cluster import ClusterConfig
 from fmjax.harness.progress import progress
 from fmjax.harness.read import read
 from fmjax.harness.records import make_folder, write_whole

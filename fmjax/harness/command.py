@@ -33,8 +33,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from fmjax.harness import peers
-from fmjax.harness.cluster import ProcessZeroError
+from fmjax.harness.pods import peers
+from fmjax.harness.pods.cluster import ProcessZeroError
 
 _CURRENT: list[tuple[str, tuple[str, ...]]] = []  # name and words of the command that runs
 _OURS = {"fmjax", "experiments", "__main__"}

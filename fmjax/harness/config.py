@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from fmjax.harness import places
 from fmjax.harness.bounds import check_numbers, check_seeds
-from fmjax.harness.cluster import ClusterConfig, join
+from fmjax.harness.pods.cluster import ClusterConfig, join
 from fmjax.training import sharding
 
 # Flags that may change when a run resumes: they leave what has been trained as it is, to rounding.

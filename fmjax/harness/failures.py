@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from fmjax import training
-from fmjax.harness import cluster
+from fmjax.harness.pods import cluster
 from fmjax.harness.records import disk_failure, write_whole
 from fmjax.harness.run import Run
 

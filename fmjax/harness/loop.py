@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from fmjax import data, training
-from fmjax.harness import cluster
 from fmjax.harness.config import RunConfig, mesh
 from fmjax.harness.failures import NotFinite
+from fmjax.harness.pods import cluster
 from fmjax.harness.progress import progress
 from fmjax.harness.run import Run
 from fmjax.harness.step import Steps

@@ -6,7 +6,7 @@ from typing import Any
 
 import tqdm
 
-from fmjax.harness import cluster
+from fmjax.harness.pods import cluster
 
 
 def progress(

@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 
 from fmjax import plotting, training
-from fmjax.harness import cluster, command, peers, places
+from fmjax.harness import command, places
 from fmjax.harness.config import FREE, RunConfig, flags
 from fmjax.harness.events import Events
+from fmjax.harness.pods import cluster, peers
 from fmjax.harness.records import (
     address,
     claim,

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax.harness import cluster, places
+from fmjax.harness import places
+from fmjax.harness.pods import cluster
 from fmjax.harness.progress import progress
 from fmjax.harness.store import Arrays, Store
 from fmjax.training import sharding

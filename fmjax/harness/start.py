@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from fmjax import training
-from fmjax.harness import cluster, command, keys, loop, memory, step
+from fmjax.harness import command, keys, loop, memory, step
 from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
+from fmjax.harness.pods import cluster
 from fmjax.harness.read import restore_params
 from fmjax.harness.records import address
 from fmjax.harness.run import Run

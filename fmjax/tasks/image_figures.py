@@ -15,8 +15,8 @@ import fmjax as fm
 from fmjax import plotting
 from fmjax.data import pixels
 from fmjax.evaluation.errors import standard_error
-from fmjax.harness import cluster
 from fmjax.harness.config import mesh
+from fmjax.harness.pods import cluster
 from fmjax.harness.start import say
 from fmjax.harness.task import Trained, guided
 from fmjax.tasks.image_data import Images, Pictures, rows_of

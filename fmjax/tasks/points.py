@@ -16,8 +16,8 @@ from fmjax import models, plotting, training
 from fmjax.evaluation import points as evaluation
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.points import Points as Points
-from fmjax.harness import cluster
 from fmjax.harness.config import RunConfig, mesh
+from fmjax.harness.pods import cluster
 from fmjax.harness.start import say
 from fmjax.harness.task import Init, Samples, Task, Trained
 from fmjax.training import digests, sharding

@@ -11,9 +11,10 @@ from experiments import cifar10, digits, mnist, two_moons
 from fmjax.evaluation import report
 from fmjax.evaluation.densities import _bound
 from fmjax.evaluation.errors import standard_error
-from fmjax.harness import cluster, config, peers, train
+from fmjax.harness import config, train
 from fmjax.harness.bounds import check_numbers, check_seeds
-from fmjax.harness.cluster import ClusterConfig
+from fmjax.harness.pods import cluster, peers
+from fmjax.harness.pods.cluster import ClusterConfig
 from fmjax.tasks.image_data import load
 from fmjax.tasks.images import ImageConfig, UNetConfig
 from fmjax.tasks.points import MLPConfig

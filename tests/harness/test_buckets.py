@@ -22,8 +22,9 @@ from gcsfs.retry import HttpError
 
 from experiments import two_moons
 from fmjax import training
-from fmjax.harness import patient, places, scratch
+from fmjax.harness import places
 from fmjax.harness.config import RunConfig, check_flags
+from fmjax.harness.places import patient, scratch
 from fmjax.harness.run import Run
 from fmjax.training import checkpoints
 

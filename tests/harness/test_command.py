@@ -15,7 +15,7 @@ import fmjax as fm
 from experiments import digits, toy_table, two_moons
 from fmjax.evaluation import encoder, evaluate, export
 from fmjax.harness import command, train
-from fmjax.harness.cluster import ProcessZeroError
+from fmjax.harness.pods.cluster import ProcessZeroError
 from fmjax.harness.run import Run
 from fmjax.tasks.points import MLPConfig
 

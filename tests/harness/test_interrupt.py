@@ -12,7 +12,7 @@ import time
 import pytest
 from made_runs import final_state, rows
 
-from fmjax.harness import cluster
+from fmjax.harness.pods import cluster
 
 pytestmark = pytest.mark.slow  # each starts processes
 TESTS = pathlib.Path(__file__).parents[1]

@@ -13,8 +13,8 @@ import pytest
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
-from fmjax.harness import cluster, peers, pods
-from fmjax.harness.cluster import ClusterConfig
+from fmjax.harness.pods import cluster, detect, peers
+from fmjax.harness.pods.cluster import ClusterConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = re.compile("SLURM|OMPI|TPU|MEGASCALE|JOB_COMPLETION|KUBERNETES|JAX_COORD")
@@ -89,31 +89,31 @@ def test_nothing_is_joined_by_a_process_that_is_alone(environ):
 def test_what_jax_detects_is_joined_without_a_flag(environ, monkeypatch):
     for variables, pod in ((SLURM, (8, 3)), (OMPI | URI, (4, 2))):
         calls = environ(variables)
-        assert pods.find() == pod
+        assert detect.find() == pod
         cluster.join(ClusterConfig(heartbeat_seconds=17))
         options = {"heartbeat_timeout_seconds": 17, "shutdown_timeout_seconds": 60}
         assert calls.pop() == ((None, None, None), options)
         assert peers.name() == f"process {pod[1]} on {socket.gethostname()}: "
     in_kubernetes(monkeypatch, 5)
     calls = environ({"JOB_COMPLETION_INDEX": "0"})
-    assert pods.find() == (5, 0)
+    assert detect.find() == (5, 0)
     cluster.join(ClusterConfig())
     assert len(calls) == 1 and peers.name() == ""
     in_kubernetes(monkeypatch, 1)  # the job says that there is no other
-    assert pods.find() is None
+    assert detect.find() is None
 
 
 def test_a_tpu_slice_is_joined_without_a_flag(environ, monkeypatch):
     environ(GKE)
     on_tpus(monkeypatch, {"tpu-env": ""})  # GKE's hosts are told by the environment
-    assert pods.find() == (3, 2)
+    assert detect.find() == (3, 2)
     environ(GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"})
-    assert pods.find() == (6, 5)
+    assert detect.find() == (6, 5)
     environ({})
     on_tpus(monkeypatch, ENDPOINTS | {"tpu-env": ""})
-    assert pods.find() == (2, 1)
+    assert detect.find() == (2, 1)
     on_tpus(monkeypatch, ENDPOINTS | {"tpu-env": "", "worker-network-endpoints": "h"})
-    assert pods.find() is None  # one host
+    assert detect.find() is None  # one host
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from experiments import two_moons
 from fmjax import harness
-from fmjax.harness import cluster
+from fmjax.harness.pods import cluster
 from fmjax.harness.read import read
 from fmjax.tasks.points import MLPConfig
 

@@ -21,7 +21,7 @@ import json, pathlib, sys
 import numpy as np
 import tiny
 from fmjax import data, harness
-from fmjax.harness.cluster import ClusterConfig
+from fmjax.harness.pods.cluster import ClusterConfig
 
 class Source:
     def __init__(self, points):

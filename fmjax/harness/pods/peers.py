@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from fmjax.harness import pods
+from fmjax.harness.pods import detect
 
 GONE = 134  # the exit code: JAX's own, which aborts where it is the first to notice
 _LOST = re.compile(
@@ -28,7 +28,7 @@ def name() -> str:
 
     It asks no device, which in a pod would wait for the others.
     """
-    number = _NUMBER[0] if _NUMBER else pods.told_number()
+    number = _NUMBER[0] if _NUMBER else detect.told_number()
     return f"process {number} on {socket.gethostname()}: " if number else ""
 
 

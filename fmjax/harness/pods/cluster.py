@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from fmjax.harness import peers, pods
+from fmjax.harness.pods import detect, peers
 
 T = TypeVar("T")
 _JOIN_SECONDS = 300  # JAX's own patience
@@ -64,7 +64,7 @@ def join(config: ClusterConfig) -> None:
     given = (config.coordinator, config.num_processes, config.process_id)
     named = sum(value is not None for value in given)
     if named not in (0, 3):
-        raise ValueError(f"{pods.THREE} go together; got {given}. Give all three, or none where "
+        raise ValueError(f"{detect.THREE} go together; got {given}. Give all three, or none where "
                          "JAX detects a pod.")  # fmt: skip
     if jax.distributed.is_initialized():
         return
@@ -82,14 +82,14 @@ def join(config: ClusterConfig) -> None:
         raise ValueError(
             "To join a pod, JAX must detect Slurm, Open MPI, a TPU slice or a job of Kubernetes, "
             f"or be told; it says: {(str(error) or repr(error)).splitlines()[0]} Give "
-            f"{pods.THREE}, or --cluster.join no for a run of one process."
+            f"{detect.THREE}, or --cluster.join no for a run of one process."
         ) from error
 
 
 def _wanted(config: ClusterConfig, given: tuple[object, ...]) -> bool:
     """Whether there is a pod to join."""
     if config.join == "no":
-        if told := pods.in_slice():
+        if told := detect.in_slice():
             print(
                 f"--cluster.join no: {told} names several hosts of a TPU slice, and its runtime "
                 "waits for all of them. Leave the flag out.",
@@ -98,7 +98,7 @@ def _wanted(config: ClusterConfig, given: tuple[object, ...]) -> bool:
         return False
     if config.join == "yes" or None not in given:
         return True
-    pod = pods.find()
+    pod = detect.find()
     if pod is not None:
         peers.note(pod.process_id)
     return pod is not None

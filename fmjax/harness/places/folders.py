@@ -23,10 +23,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from fmjax.harness import cluster
-from fmjax.harness.disk import Disk
+from fmjax.harness.places.disk import Disk
+from fmjax.harness.pods import cluster
 
-SHARED_SECONDS = 30.0
+_SHARED_SECONDS = 30.0
 Folder = pathlib.Path | epath.Path
 _AT_HAND: list[Disk] = []
 
@@ -64,7 +64,7 @@ def as_path(folder: str | os.PathLike[str], name: str = "A run folder") -> Folde
     check_name(name, folder)
     if not in_bucket(folder):
         return pathlib.Path(folder)
-    from fmjax.harness import patient  # an extra's packages
+    from fmjax.harness.places import patient  # an extra's packages
 
     patient.register()
     return epath.Path(folder)
@@ -83,7 +83,7 @@ def check_shared(folder: Folder) -> None:
     if cluster.is_main():
         token.write_text("")
     try:
-        deadline = time.monotonic() + SHARED_SECONDS
+        deadline = time.monotonic() + _SHARED_SECONDS
         while not (seen := _is_there(token)) and time.monotonic() < deadline:
             time.sleep(0.2)
         blind = np.flatnonzero(~cluster.gather(seen))
@@ -115,7 +115,7 @@ def place(address: Folder, patience: float = 300.0) -> Disk:
     """
     if not in_bucket(address):
         return Disk(address)
-    from fmjax.harness.bucket import Bucket  # an extra's packages
+    from fmjax.harness.places.bucket import Bucket  # an extra's packages
 
     return Bucket(epath.Path(address), patience)
 

@@ -18,8 +18,9 @@ from collections.abc import Callable
 
 from etils import epath
 
-from fmjax.harness import cluster, patient, peers, scratch
-from fmjax.harness.disk import Disk
+from fmjax.harness.places import patient, scratch
+from fmjax.harness.places.disk import Disk
+from fmjax.harness.pods import cluster, peers
 
 
 class OwnerError(ValueError):
