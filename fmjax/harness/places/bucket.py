@@ -43,12 +43,11 @@ class Bucket(Disk):
         self._fence: Fence | None = None
         self._dog: Watchdog | None = None
 
-    def open(self, *, alone: bool = True) -> None:
-        def prepare() -> None:
-            patient.check(self._address)
-            scratch.lay_out(self._address, self.folder)
+    def reach(self) -> None:
+        cluster.main_first(lambda: patient.check(self._address))
 
-        cluster.main_first(prepare)
+    def open(self, *, alone: bool = True) -> None:
+        cluster.main_first(lambda: scratch.lay_out(self._address, self.folder))
         if not (alone or cluster.is_main()):
             scratch.lay_out(self._address, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -176,10 +175,9 @@ class Watchdog:
                 self._end(failing[1])
 
     def _end(self, error: Exception) -> None:
-        reason = (str(error).splitlines() or [""])[0]
         say = (
             f"\n{peers.name()}error: {self._folder} has not answered for {self._patience:.0f} s "
-            f"({type(error).__name__}: {reason}); {self._kept()}. Start again when it does; "
+            f"({patient.in_short(error)}); {self._kept()}. Start again when it does; "
             "--bucket-patience waits longer.\n"
         )
         os.write(2, say.encode())

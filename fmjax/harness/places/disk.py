@@ -17,14 +17,18 @@ class Disk:
     def __init__(self, folder: Any):
         self.folder = pathlib.Path(folder)
 
+    def reach(self) -> None:
+        """Asks whether the run folder can be written; by every process, before `open`.
+
+        Raises:
+          ValueError: if it is a bucket's that can't be.
+        """
+
     def open(self, *, alone: bool = True) -> None:
         """Makes the local folder like the run folder; by every process.
 
         Args:
           alone: whether the folder is this run's alone from now on.
-
-        Raises:
-          ValueError: if it is a bucket's that can't be written.
         """
 
     def send(self) -> None:

@@ -124,6 +124,7 @@ def place(address: Folder, patience: float = 300.0) -> Disk:
 def at_hand(address: Folder) -> Iterator[pathlib.Path]:
     """A local folder like this one; what is written there is sent as it comes, and at the end."""
     here = place(address)
+    here.reach()
     here.open(alone=False)
     here.send()
     _AT_HAND.append(here)

@@ -8,6 +8,7 @@ answers.
 import asyncio
 import inspect
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import gcsfs.core
 from etils import epath
 from gcsfs.retry import HttpError, is_retriable
 
+from fmjax.harness.pods import peers
+
+SILENT_SECONDS = 5.0  # an outage as short as this is not spoken of
 _COMMIT = "commit_success.txt"  # Orbax's last object of a checkpoint
 
 
@@ -36,6 +40,7 @@ class Patient(gcsfs.core.GCSFileSystem):
     request_seconds = 60.0
     failing: tuple[float, Exception] | None = None
     before_commit: dict[str, Callable[[], None]] = {}
+    _told = False  # whether an outage has been spoken of
 
     def __init__(self, *args: Any, **kwargs: Any):
         if os.environ.get("STORAGE_EMULATOR_HOST"):
@@ -50,23 +55,47 @@ class Patient(gcsfs.core.GCSFileSystem):
             try:
                 call = attempt(self, method, path, *args, **kwargs)
                 answer = await asyncio.wait_for(call, self.request_seconds)
-                Patient.failing = None
+                self._answered()
                 return answer
             except Exception as error:
                 if not passing(error):
-                    Patient.failing = None
+                    self._answered()
                     raise
-                Patient.failing = (Patient.failing or (began,))[0], error
+                self._failed(began, error)
                 if time.monotonic() + wait > deadline:
                     raise
             await asyncio.sleep(wait)
             wait = min(2 * wait, 15.0)
+
+    def _failed(self, began: float, error: Exception) -> None:
+        since = (Patient.failing or (began,))[0]
+        Patient.failing = since, error
+        if not Patient._told and time.monotonic() - since > SILENT_SECONDS:
+            Patient._told = True
+            _say(f"The bucket does not answer ({in_short(error)}); it is asked again, for "
+                 f"{self.patience:.0f} s at most.")  # fmt: skip
+
+    def _answered(self) -> None:
+        failing, Patient.failing = Patient.failing, None
+        if Patient._told and failing is not None:
+            Patient._told = False
+            _say(f"The bucket answers again, after {time.monotonic() - failing[0]:.0f} s.")
 
     def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:  # pyright: ignore
         if mode != "rb" and path.endswith(_COMMIT):
             folder = path.removeprefix("gs://").rsplit("/", 2)[0]  # without the step's
             self.before_commit.get(folder, lambda: None)()
         return super()._open(path, mode, *args, **kwargs)
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".rstrip(": ")
+
+
+def _say(line: str) -> None:
+    if not peers.name():  # else process 0 says it
+        print(f"\n{line}", file=sys.stderr, flush=True)
 
 
 def passing(error: BaseException) -> bool:
@@ -104,6 +133,8 @@ def check(folder: epath.Path) -> None:
     name = str(folder).removeprefix("gs://").partition("/")[0]
     probe = folder / f"probe-{uuid.uuid4().hex}"
     try:
+        if _anonymous():
+            raise ValueError("no credentials")
         write(probe, b"")
         probe.unlink()
     except Exception as error:
@@ -111,6 +142,12 @@ def check(folder: epath.Path) -> None:
             f"A run folder in a bucket must be one that can be written; got {folder}: "
             f"{_why(error, name)}."
         ) from None
+
+
+def _anonymous() -> bool:
+    """Whether nobody's credentials were found, which takes gcsfs twenty seconds."""
+    found = fsspec.filesystem("gs").credentials.method
+    return found == "anon" and not os.environ.get("STORAGE_EMULATOR_HOST")
 
 
 def _why(error: Exception, name: str) -> str:
@@ -122,4 +159,4 @@ def _why(error: Exception, name: str) -> str:
         return f"access is denied ({who}). Give the account that runs here objectAdmin on {name}"
     if "credentials" in text.lower():
         return "there are no credentials. `gcloud auth application-default login` makes some"
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"
+    return in_short(error)
