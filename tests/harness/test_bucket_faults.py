@@ -90,10 +90,10 @@ def test_ten_kills_of_a_random_process(server, hosts):
 def test_a_slow_bucket_holds_up_no_step(server, hosts):
     """With 0.5 s added to every request; the last save is waited for, and left out."""
     script = pathlib.Path(__file__).parents[1] / "steps_during_saves.py"
-    flags = [*FLAGS.split(), "--workdir", RUN, "--num-steps", "9000", "--checkpoint-every", "3000"]
-    flags += ["--batch-size", "2048", "--model.features", "256", "256"]
+    flags = FLAGS.replace("-size 64 ", "-size 2048 ").replace("features 64 64", "features 256 256")
+    flags += f" --workdir {RUN} --num-steps 9000 --checkpoint-every 3000"
     server.delay = 0.5
-    hosts[0].finish(hosts[0].start(str(script), *flags, devices=1), seconds=900)
+    hosts[0].finish(hosts[0].start(str(script), *flags.split(), devices=1), seconds=900)
     found = json.loads(hosts[0].log.read_text().splitlines()[-1])
     print(found)
     assert max(found["blocked"][:-1]) <= 2.0 and min(found["num"]) >= 100

@@ -28,10 +28,12 @@ from fmjax.harness.pods import cluster
 
 _SHARED_SECONDS = 30.0
 Folder = pathlib.Path | epath.Path
+"""A run folder's address: a local path, or one in a bucket."""
 _AT_HAND: list[Disk] = []
 
 
 def in_bucket(folder: Any) -> bool:
+    """Whether an address is one in a bucket, `gs://`."""
     return str(folder).startswith("gs://")
 
 
