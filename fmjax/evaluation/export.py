@@ -7,6 +7,7 @@
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Annotated
 
 import tyro
@@ -24,16 +25,16 @@ class Config:
 
     run: Annotated[epath.Path, tyro.conf.Positional]
     """Run folder, or gs://BUCKET/FOLDER."""
-    file: Annotated[pathlib.Path, tyro.conf.Positional]
-    """The file to write; it must not be there yet."""
+    file: Annotated[epath.Path, tyro.conf.Positional]
+    """The file to write, or gs://BUCKET/FILE; it must not be there yet."""
     average: bool = True
     """Whether to take the moving average of the parameters, or the last ones."""
 
 
 def main(config: Config) -> None:
-    if config.file.exists():
-        raise ValueError(f"{config.file} is there and stays as it is. Name another file.")
-    run = places.as_path(config.run)
+    run, file = places.as_path(config.run), places.as_path(config.file, "The file")
+    if file.exists():
+        raise ValueError(f"{file} is there and stays as it is. Name another file.")
     record, _ = read_config(run)
     trained = read(run, average=config.average)
     samples = trained.task.samples
@@ -43,6 +44,13 @@ def main(config: Config) -> None:
         "parameters_sha256": trained.digest,
         "num_classes": None if samples is None else samples.num_classes,
     }
-    make_folder(config.file.absolute().parent)
-    weights.export_safetensors(config.file, trained.params, record)
-    print(f"{config.file}: the parameters of step {trained.step}, {record['parameters']}")
+    if places.in_bucket(file):
+        with tempfile.TemporaryDirectory() as folder:
+            weights.export_safetensors(
+                here := pathlib.Path(folder) / file.name, trained.params, record
+            )
+            file.write_bytes(here.read_bytes())
+    else:
+        make_folder(file.absolute().parent)
+        weights.export_safetensors(file, trained.params, record)
+    print(f"{file}: the parameters of step {trained.step}, {record['parameters']}")

@@ -3,8 +3,12 @@
 import dataclasses
 import math
 import numbers
+import pathlib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+
+from etils import epath
 
 # Without x64 jax.random.key drops the bits above: seed 2^32 would be seed 0.
 NUM_SEEDS = 2**32
@@ -78,6 +82,21 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value
+
+
+def check_local(config: Any) -> None:
+    """Refuses an address where a flag is a local path: `gs://bucket` would be a folder `gs:`.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name, value in _leaves(config):
+        local = isinstance(value, pathlib.PurePath) and not isinstance(value, epath.Path)
+        if local and re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} must be a local path; got {value}. Copy it from there to here."
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -176,7 +176,9 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
     ]
     command: Any = dataclasses.make_dataclass("Command", fields)
     read = functools.partial(tyro.cli, command, prog=prog, description=doc, args=args)
-    return (_counted([what for _, what in positional], read, prog, args)).config
+    found = _counted([what for _, what in positional], read, prog, args).config
+    check_local(found)
+    return found
 
 
 def _counted(wanted: list[str], read: Callable[[], Any], prog: str, args: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fmjax import training
-from fmjax.harness import command, keys, loop, memory, step
+from fmjax.harness import command, keys, loop, memory, places, step
 from fmjax.harness.config import RunConfig, begin, check_num_examples, mesh
 from fmjax.harness.pods import cluster
 from fmjax.harness.read import restore_params
@@ -87,7 +87,7 @@ def train(
             state = step.init_state(config, task.init, keys.key(config.seed, "parameters"))
         _check_skipping(config, state)
         if run.saved_step is None and config.init_from is not None:
-            state = _begin_with(state, restore_params(config.init_from, params)[0])
+            state = _begin_with(state, restore_params(places.as_path(config.init_from), params)[0])
         state = run.restore(state)
         num_parameters = sum(x.size for x in jax.tree.leaves(params))
         _say_what_begins(config, task, num_parameters, int(state.step))

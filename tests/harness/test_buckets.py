@@ -22,7 +22,8 @@ from gcsfs.retry import HttpError
 
 from experiments import two_moons
 from fmjax import training
-from fmjax.harness import places
+from fmjax.evaluation import sample
+from fmjax.harness import command, places
 from fmjax.harness.config import RunConfig, check_flags
 from fmjax.harness.places import patient, scratch
 from fmjax.harness.run import Run
@@ -180,7 +181,8 @@ def _evaluated_by_two_and_by_one(server, hosts):
     assert any(name.startswith("run/drawn/") and name.endswith(".png") for name in objects(server))
     exported = hosts[0].folder / "run.safetensors"
     hosts[0].finish(hosts[0].start("-m", "fmjax.cli", "export", RUN, str(exported)))
-    assert exported.stat().st_size > 1000
+    hosts[0].finish(hosts[0].start("-m", "fmjax.cli", "export", RUN, "gs://bucket/run.safetensors"))
+    assert content(server, "run.safetensors") == exported.read_bytes()
 
 
 @pytest.mark.slow
@@ -223,11 +225,17 @@ def test_a_predecessor_that_lives_on_ends_and_writes_nothing(server, hosts):
     [
         ("s3://bucket/run", "must be a local folder or gs://BUCKET/FOLDER"),
         ("gs://bucket", "must name a folder, gs://BUCKET/FOLDER; got gs://bucket"),
+        ("gs://bucket/a#1", "letters, digits and . _ - = + alone"),
     ],
 )
 def test_what_orbax_can_not_write_to_is_refused(workdir, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         check_flags(two_moons.Config(workdir=epath.Path(workdir)))
+
+
+def test_a_local_path_is_no_address():
+    with pytest.raises(ValueError, match=re.escape("--out must be a local path; got gs:/bucket/a")):
+        command.parse(sample.Config, "sample", "", ["runs/a", "--out", "gs://bucket/a"])
 
 
 def test_a_bucket_needs_its_extra(monkeypatch):

@@ -41,7 +41,8 @@ def check_name(name: str, folder: Any) -> None:
     """Refuses what is neither a local folder nor a bucket's.
 
     Raises:
-      ValueError: for another scheme, a bucket without a folder, or where gcsfs is missing.
+      ValueError: for another scheme, a bucket without a folder, a character that can't be in a URL,
+        or where gcsfs is missing.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", str(folder))
     if scheme is None:
@@ -53,6 +54,11 @@ def check_name(name: str, folder: Any) -> None:
         )
     if not re.match(r"gs://[^/]+/[^/]", str(folder)):
         raise ValueError(f"{name} must name a folder, gs://BUCKET/FOLDER; got {folder}.")
+    if odd := re.search(r"[^A-Za-z0-9._/=+-]", str(folder).removeprefix("gs://")):
+        raise ValueError(
+            f"{name} in a bucket must be of letters, digits and . _ - = + alone, for TensorStore "
+            f"reads others as parts of a URL; got {odd[0]!r} in {folder}."
+        )
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{name} in a bucket needs gcsfs: pip install 'fmjax[gcs]'; got {folder}.")
 
