@@ -33,6 +33,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from fmjax.harness.bounds import check_local
 from fmjax.harness.pods import peers
 from fmjax.harness.pods.cluster import ProcessZeroError
 
