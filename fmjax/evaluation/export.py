@@ -51,6 +51,6 @@ def main(config: Config) -> None:
             )
             file.write_bytes(here.read_bytes())
     else:
-        make_folder(file.absolute().parent)
+        make_folder(pathlib.Path(file).absolute().parent)
         weights.export_safetensors(str(file), trained.params, record)
     print(f"{file}: the parameters of step {trained.step}, {record['parameters']}")
