@@ -35,7 +35,7 @@ import tyro
 
 from fmjax.harness.bounds import check_local
 from fmjax.harness.pods import peers
-from fmjax.harness.pods.cluster import ProcessZeroError
+from fmjax.harness.pods.cluster import PeerError
 
 _CURRENT: list[tuple[str, tuple[str, ...]]] = []  # name and words of the command that runs
 _OURS = {"fmjax", "experiments", "__main__"}
@@ -135,7 +135,7 @@ def in_words(error: Exception) -> str | None:
         return _of_the_device(str(error))
     if isinstance(error, MemoryError):
         return f"The memory is full: {str(error) or 'an allocation failed'}. Take a smaller batch."
-    always = isinstance(error, OSError | FloatingPointError | ProcessZeroError)
+    always = isinstance(error, OSError | FloatingPointError | PeerError)
     always |= isinstance(error, RuntimeError) and str(error).startswith("The solve ")
     if always or (isinstance(error, ValueError) and _raised_here(error)):
         return str(error)
@@ -170,6 +170,10 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
     if len(positional) == 1:
         _refuse_flag_of_positional(*positional[0], prog, args)
     _refuse_repetitions(args)
+    if odd := [
+        word for word in args if re.match("(?i)(--[a-z.-]+=)?gs://", word) and "gs:" not in word
+    ]:
+        raise ValueError(f"A bucket's address begins with gs://, in small letters; got {odd[0]}.")
     shown = tyro.conf.arg(help="Show where an error was raised.")
     fields = [
         ("config", Annotated[config, tyro.conf.arg(name="")]),

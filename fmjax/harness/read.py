@@ -102,11 +102,20 @@ def restore_params(folder: places.Folder, example: Any, *, average: bool = True)
             f"A run folder must hold a checkpoint; got none in {folder}. Start its experiment "
             "again: it resumes and trains to the end."
         )
-    with checkpoints.open_manager(folder / "checkpoints") as manager:
-        params = jax.device_get(checkpoints.restore_params(manager, example, average=average))
-        step = checkpoints.latest_step(manager)
-    assert step is not None  # else restore_params has raised
-    return params, step
+    missed = None
+    while True:
+        with checkpoints.open_manager(folder / "checkpoints") as manager:
+            step = checkpoints.latest_step(manager)
+            try:
+                params = checkpoints.restore_params(manager, example, average=average)
+            except Exception:
+                manager.reload()
+                if checkpoints.latest_step(manager) in (step, missed):
+                    raise
+                missed = step  # it made room for a later one: the run is training
+                continue
+        assert step is not None  # else restore_params has raised
+        return jax.device_get(params), step
 
 
 def read_config(folder: places.Folder) -> tuple[dict[str, Any], Any]:

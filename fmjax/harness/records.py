@@ -58,8 +58,13 @@ def make_folder(folder: pathlib.Path) -> None:
         ) from None
 
 
-def lock(folder: pathlib.Path) -> contextlib.ExitStack:
+def lock(folder: pathlib.Path, file: str = "lock", name: object = None) -> contextlib.ExitStack:
     """Holds the folder for this process; the system lets go of it however the process ends.
+
+    Args:
+      folder: a local one.
+      file: in it, that is locked.
+      name: what messages call the folder; None for its path.
 
     Returns:
       What lets go of it when it is closed or left.
@@ -69,7 +74,7 @@ def lock(folder: pathlib.Path) -> contextlib.ExitStack:
         is warned about.
     """
     held = filelock.FileLock(
-        folder / "lock", blocking=False, thread_local=False, fallback_to_soft=False
+        folder / file, blocking=False, thread_local=False, fallback_to_soft=False
     )
     stack = contextlib.ExitStack()
     try:
@@ -77,7 +82,7 @@ def lock(folder: pathlib.Path) -> contextlib.ExitStack:
         stack.callback(held.release)
     except filelock.Timeout:
         raise ValueError(
-            f"A run folder is one process's at a time; another is running in {folder}. Wait for "
+            f"A run folder is one process's at a time; another is running in {name or folder}. Wait for "
             "it, or take another folder."
         ) from None
     except OSError as error:

@@ -88,14 +88,14 @@ class Run:
         self._place = places.place(self.address, config.bucket_patience)
         self.folder = self._place.folder
         self.config = config
-        self._place.reach()
-        self.begun = self.address.exists()  # whether there is anything to keep
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
+        self._place.reach()
+        self.begun = True  # whether there is anything to keep
         self._flags = flags(config)
         self._ends, self._failed = contextlib.ExitStack(), False  # the last begun ends first
-        self._place.open()
         try:
             self._ends.callback(lambda: self._place.close(forget=self._forgets()))
+            self.begun = self.address.exists()
             if lock := cluster.main_first(lambda: claim(self.folder)):
                 self._ends.enter_context(lock)
             self._ends.callback(self._forget)
@@ -109,6 +109,9 @@ class Run:
             self._check_config()
             self._check_data(data)
             self._check_num_steps()
+            if places.in_bucket(self.address):
+                self._place.open()
+                self._manager.reload()  # whoever had it may have completed one since
         except (ValueError, OSError):
             self._close(failed=True)
             raise
@@ -167,7 +170,7 @@ class Run:
             return
         for name in ("checkpoints", "compiled", "tensorboard"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in ("config.json", "metrics.jsonl", "window.json", "lock"):
+        for name in ("config.json", "metrics.jsonl", "window.json", "lock", "scratch.lock"):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.folder / "samples", self.folder, *self._made):
             with contextlib.suppress(OSError):  # one that holds anything else
@@ -188,7 +191,7 @@ class Run:
         return f"A run of its own: {command.again('--workdir', str(free))}"
 
     def _check_data(self, data: dict[str, Any] | None) -> None:
-        path = self.folder / "config.json"
+        path = self.address / "config.json"
         if data is None or checkpoints.latest_step(self._manager) is None or not path.is_file():
             return
         try:

@@ -15,23 +15,26 @@ from fmjax.harness import command
 
 PODS = pathlib.Path(__file__).parents[2] / "experiments" / "pods"
 ARGS = {
-    "tpu_slice.sh": ("slice", "us-west4-a", "bucket"),
+    "tpu_slice.sh": ("slice", "us-west4-a", "bucket", "https://example.org/fmjax.git"),
     "slurm.sbatch": ("/shared/cifar10",),
     "two_machines.sh": ("host-a", "host-b", "/shared/cifar10"),
 }
 
 
-def started(name, tmp_path, code=0):
+def started(name, tmp_path, code=0, args=None, **more):
     """What a launcher does: its exit code, and each call of a program that starts something."""
     calls = tmp_path / "calls"
     for program in ("gcloud", "srun", "scontrol", "ssh"):
         path = tmp_path / program
         failing = code if program == "srun" else 0
+        if program == "ssh":  # process 0 alone
+            failing = f'$(case "$*" in *process-id\\ 0*) echo {code};; *) echo 0;; esac)'
         path.write_text(f'#!/bin/sh\necho {program} "$*" >> {shlex.quote(str(calls))}\n'
                         f"exit {failing}\n")  # fmt: skip
         path.chmod(0o755)
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
-    done = subprocess.run(["bash", PODS / name, *ARGS[name]], env=environ, timeout=60)
+    words = ["bash", PODS / name, *(args or ARGS[name])]
+    done = subprocess.run(words, env=environ | more, timeout=60)
     return done.returncode, calls.read_text().splitlines()
 
 
@@ -83,10 +86,27 @@ def test_the_two_machines_name_each_other(tmp_path):
     assert sorted(hosts) == ["host-a", "host-b"]
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (143, True), (134, True)])
+def test_two_machines_end_with_what_either_says_and_take_users_and_spaces(tmp_path):
+    args = ("me@host-a", "me@host-b", "/shared/my runs")
+    code, calls = started("two_machines.sh", tmp_path, 134, args)
+    assert code == 134 and len(calls) == 2
+    for config in configs(calls):
+        assert config.cluster.coordinator == "host-a:12345"
+        assert str(config.workdir) == "/shared/my runs"
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, False), (2, False), (143, True), (134, True), (137, True)]
+)
 def test_slurm_requeues_what_was_preempted_or_lost_a_process(tmp_path, code, again):
     returned, calls = started("slurm.sbatch", tmp_path, code)
     assert returned == code and ("scontrol requeue 77" in calls) is again
+
+
+@pytest.mark.parametrize(("code", "again"), [(143, True), (134, False), (137, False)])
+def test_slurm_does_not_requeue_a_crash_for_ever(tmp_path, code, again):
+    _, calls = started("slurm.sbatch", tmp_path, code, SLURM_RESTART_COUNT="10")
+    assert ("scontrol requeue 77" in calls) is again
 
 
 def test_slurms_lines():

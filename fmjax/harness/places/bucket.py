@@ -1,13 +1,16 @@
 """A run folder in a bucket: who may write there, what is sent, and when nobody waits any more.
 
 Two runs in one folder are told apart by a fence. A start writes a token of its own to
-`RUN/owner.json`; the object that makes a checkpoint complete is written only while the token there
-is still its own. So a preempted pod's successor begins at once, and a predecessor that lives on
-ends without having written.
+`RUN/owner.json`, once its flags and data are found to be the run's; a save begins, a small file is
+sent, and the object that makes a checkpoint complete is written only while the token there is still
+its own. So a preempted pod's successor begins at once, and a predecessor that lives on ends without
+another complete checkpoint. (What it was writing at that moment stays, as any half-written one.) On
+one host a second process is refused: the scratch folder has a lock.
 """
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import socket
@@ -42,20 +45,32 @@ class Bucket(Disk):
         self._sender: scratch.Sender | None = None
         self._fence: Fence | None = None
         self._dog: Watchdog | None = None
+        self._scratch = contextlib.ExitStack()  # lets go of it
 
     def reach(self) -> None:
         cluster.main_first(lambda: patient.check(self._address))
+        error = None
+        try:
+            self._scratch.enter_context(scratch.held(self._address, self.folder))
+        except ValueError as caught:
+            error = caught
+        if not cluster.gather(error is None).all():
+            self._scratch.close()
+            raise error or cluster.PeerError("Another process can't continue; it says why.")
 
     def open(self, *, alone: bool = True) -> None:
-        cluster.main_first(lambda: scratch.lay_out(self._address, self.folder))
-        if not (alone or cluster.is_main()):
-            scratch.lay_out(self._address, self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._sender = scratch.Sender(self._address, self.folder, patient.write)
-        if alone and cluster.is_main():
-            self._fence = Fence(self._address, self._sender.flush)
-            self._fence.raise_it()
-            self._sender.before = self._fence.check
+        if alone:
+            cluster.main_first(self._own)
+        else:
+            scratch.lay_out(self._address, self.folder, whole=True)
+        self._sender = scratch.Sender(self._address, self.folder)
+        if self._fence is not None:
+            self._fence.flush, self._sender.before = self._sender.flush, self._fence.check
+
+    def _own(self) -> None:
+        self._fence = Fence(self._address)
+        self._fence.raise_it()
+        scratch.lay_out(self._address, self.folder, whole=False)
 
     def send(self) -> None:
         if self._sender is not None:
@@ -64,6 +79,8 @@ class Bucket(Disk):
     def check(self) -> None:
         if self._sender is not None and self._sender.error is not None:
             raise self._sender.error
+        if self._fence is not None:
+            self._fence.check_lately()
 
     def watch(self, saving: Callable[[], bool], kept: Callable[[], str]) -> None:
         self._dog = Watchdog(self._address, self._patience, saving, kept)
@@ -81,6 +98,7 @@ class Bucket(Disk):
 
     def close(self, *, forget: bool = False) -> None:
         with contextlib.ExitStack() as ends:  # the last one first, each its turn
+            ends.enter_context(self._scratch)
             if self._dog is not None:
                 ends.callback(self._dog.close)
             if self._fence is not None:
@@ -92,13 +110,19 @@ class Bucket(Disk):
 class Fence:
     """This start's token in a run folder of a bucket.
 
+    Attributes:
+      flush: called before a checkpoint is made complete, to send what belongs to it.
+
     Args:
       folder: the run folder.
-      flush: called before a checkpoint is made complete, to send what belongs to it.
     """
 
-    def __init__(self, folder: epath.Path, flush: Callable[[], None]):
-        self._folder, self._flush = folder, flush
+    lately = scratch.EVERY_SECONDS + 5.0  # for what sends is checked by the sending
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self.flush: Callable[[], None] = lambda: None
+        self._checked = -math.inf
         self._path, self._token = folder / "owner.json", uuid.uuid4().hex
         self._key = f"{str(folder).removeprefix('gs://')}/checkpoints"
         patient.Patient.before_commit[self._key] = self._before_commit
@@ -114,17 +138,23 @@ class Fence:
         """
         try:
             owner = json.loads(patient.read(self._path))
-        except FileNotFoundError:
+        except (FileNotFoundError, json.JSONDecodeError):
             owner = {}
         if owner.get("token") != self._token:
             raise OwnerError(
                 f"Another run has begun in {self._folder}, on {owner.get('host', 'no host')}: this "
-                "one ends and has written nothing since. Start it in another --workdir."
+                "one ends, and has completed no checkpoint since. Start it in another --workdir."
             )
+        self._checked = time.time()
+
+    def check_lately(self) -> None:
+        """`check`, unless it has passed a moment ago."""
+        if not 0 <= time.time() - self._checked < self.lately:
+            self.check()
 
     def _before_commit(self) -> None:
         self.check()
-        self._flush()
+        self.flush()
 
     def drop(self, *, forget: bool = False) -> None:
         """Lets commits pass again; with `forget` removes the token, if it is still this one's."""

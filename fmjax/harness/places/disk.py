@@ -18,10 +18,10 @@ class Disk:
         self.folder = pathlib.Path(folder)
 
     def reach(self) -> None:
-        """Asks whether the run folder can be written; by every process, before `open`.
+        """Asks whether a bucket's folder can be written; by every process, before all else.
 
         Raises:
-          ValueError: if it is a bucket's that can't be.
+          ValueError: if it can't be, or another process of this host has its scratch folder.
         """
 
     def open(self, *, alone: bool = True) -> None:

@@ -133,14 +133,13 @@ def at_hand(address: Folder) -> Iterator[pathlib.Path]:
     """A local folder like this one; what is written there is sent as it comes, and at the end."""
     here = place(address)
     here.reach()
-    here.open(alone=False)
-    here.send()
-    _AT_HAND.append(here)
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(here.close)
+        here.open(alone=False)
+        here.send()
+        _AT_HAND.append(here)
+        ends.callback(_AT_HAND.remove, here)
         yield here.folder
-    finally:
-        _AT_HAND.remove(here)
-        here.close()
 
 
 def exchange() -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import aiohttp
@@ -117,6 +117,23 @@ def register(patience: float | None = None) -> None:
 def read(path: Any) -> bytes:
     """An object's bytes, by one request."""
     return fsspec.filesystem("gs").cat_file(str(path))
+
+
+def names(root: str, *, below: bool) -> list[str]:
+    """The objects in a bucket's folder, and in those below it, as `BUCKET/NAME`."""
+    files = fsspec.filesystem("gs")
+    try:
+        if below:
+            return list(files.find(root))
+        return [one["name"] for one in files.ls(root, detail=True) if one["type"] == "file"]
+    except FileNotFoundError:
+        return []
+
+
+def read_all(names: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of objects, `BUCKET/NAME`, many at a time."""
+    names = list(names)
+    return fsspec.filesystem("gs").cat(names, recursive=False) if names else {}
 
 
 def write(path: Any, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """The local scratch folder of a run folder in a bucket: laid out from it, and sent to it."""
 
+import contextlib
 import hashlib
 import math
 import os
@@ -8,14 +9,18 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+from fmjax.harness.places import patient
+from fmjax.harness.records import lock, make_folder
+
 EVERY_SECONDS = 30.0  # between two sendings of a file that grows
-_LOCAL = ("checkpoints", "compiled", "lock", "owner.json")  # what is not sent
+_HELD = "scratch.lock"
+_LOCAL = ("checkpoints", "compiled", "lock", "owner.json", _HELD)  # what is not sent
 
 
 def folder_of(address: epath.Path) -> pathlib.Path:
@@ -26,24 +31,62 @@ def folder_of(address: epath.Path) -> pathlib.Path:
     return pathlib.Path(tempfile.gettempdir()) / f"fmjax-{os.getuid()}" / (name + number)
 
 
-def lay_out(address: epath.Path, folder: pathlib.Path) -> None:
-    """Makes the local folder like the bucket's, but for checkpoints and compiled programs."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    there = {path.relative_to(address): path for path in _files(address)}
-    for path in _files(folder):
-        if path.relative_to(folder) not in {pathlib.PurePosixPath(p) for p in there}:
-            path.unlink()  # of a start whose files were never sent
-    for name, path in there.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(path.read_bytes())
+def held(address: epath.Path, folder: pathlib.Path) -> contextlib.ExitStack:
+    """Makes the local folder and holds it for this process.
+
+    Raises:
+      ValueError: if it can't be written, or another process of this host has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (owner := folder.parent.stat().st_uid) != os.getuid():
+        raise ValueError(
+            f"{folder.parent} must be this user's, for programs are run from it; it belongs to "
+            f"user {owner}. Give TMPDIR a folder of your own."
+        )
+    make_folder(folder)
+    return lock(folder, _HELD, address)
 
 
-def _files(folder: Any) -> Iterator[Any]:
+def lay_out(address: epath.Path, folder: pathlib.Path, *, whole: bool) -> None:
+    """Makes the local folder like the bucket's, but for checkpoints and compiled programs.
+
+    By one listing, and all files at once.
+
+    Args:
+      address: the bucket's folder.
+      folder: the local one; what was never sent is removed.
+      whole: whether the folders below are fetched as well, which a run that goes on never reads.
+    """
+    there = _listed(address, whole=whole)
+    for path in list(_files(folder)):
+        if path.relative_to(folder) not in there:
+            path.unlink()
+    _fetch(there, folder)
+
+
+def _listed(address: epath.Path, *, whole: bool) -> dict[pathlib.PurePosixPath, str]:
+    """The objects that were sent, by their names in the folder."""
+    root = str(address).removeprefix("gs://").rstrip("/")
+    found = [(pathlib.PurePosixPath(name).relative_to(root), name)
+             for name in patient.names(root, below=whole)]  # fmt: skip
+    return {path: name for path, name in found if _is_sent(path)}
+
+
+def _fetch(there: dict[pathlib.PurePosixPath, str], folder: pathlib.Path) -> None:
+    contents = patient.read_all(there.values())
+    for path, name in there.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(contents[name])
+
+
+def _is_sent(path: pathlib.PurePath) -> bool:
+    return path.suffix != ".tmp" and not set(path.parts) & set(_LOCAL)
+
+
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The files that are sent, in this folder and those below."""
-    if not folder.exists():
-        return
     for path in folder.iterdir():
-        if path.name in _LOCAL or path.suffix == ".tmp":
+        if not _is_sent(path.relative_to(folder)):
             continue
         if path.is_dir():
             yield from _files(path)
@@ -60,10 +103,8 @@ class Sender:
       error: what has ended the sending.
     """
 
-    def __init__(
-        self, address: epath.Path, folder: pathlib.Path, write: Callable[[Any, bytes], None]
-    ):
-        self._address, self._folder, self._write = address, folder, write
+    def __init__(self, address: epath.Path, folder: pathlib.Path):
+        self._address, self._folder = address, folder
         self.before: Any = lambda: None
         self.held: pathlib.Path | None = None
         self.error: Exception | None = None
@@ -101,18 +142,18 @@ class Sender:
             for path in due:
                 state = _state(path)
                 target = self._address / path.relative_to(self._folder)
-                self._write(target, path.read_bytes())
+                patient.write(target, path.read_bytes())
                 self._sent[path] = (state, time.monotonic())
 
     def receive(self) -> None:
         """Fetches the files of the bucket that are not here."""
         with self._turn:
-            for path in _files(self._address):
-                here = self._folder / path.relative_to(self._address)
-                if not here.exists():
-                    here.parent.mkdir(parents=True, exist_ok=True)
-                    here.write_bytes(path.read_bytes())
-                    self._sent[here] = (_state(here), time.monotonic())
+            there = _listed(self._address, whole=True)
+            new = {p: name for p, name in there.items() if not (self._folder / p).exists()}
+            _fetch(new, self._folder)
+            for path in new:
+                here = self._folder / path
+                self._sent[here] = (_state(here), time.monotonic())
 
     def _due(self, path: pathlib.Path, every: float) -> bool:
         if path == self.held:

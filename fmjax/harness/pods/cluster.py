@@ -24,10 +24,15 @@ from fmjax.harness.pods import detect, peers
 
 T = TypeVar("T")
 _JOIN_SECONDS = 300  # JAX's own patience
+_SILENT_SECONDS = 10
 _FOREVER = 10**9  # milliseconds, eleven days; a process that dies ends it
 
 
-class ProcessZeroError(RuntimeError):
+class PeerError(RuntimeError):
+    """Another process of a pod has stopped, and so do the others."""
+
+
+class ProcessZeroError(PeerError):
     """Process 0 of a pod has stopped, and so do the others."""
 
 
@@ -57,12 +62,15 @@ def join(config: ClusterConfig) -> None:
     slice can't mean it, and are warned.
 
     Raises:
-      ValueError: if only some of coordinator, num_processes and process_id are given, or one of
-        them can't be; if JAX detects no pod, and the environment is that of one process of several
+      ValueError: if only some of coordinator, num_processes and process_id are given, any of them
+        with `join="no"`, or one of them can't be; if JAX detects no pod, and the environment is that of one process of several
         or `join="yes"`; if process 0 is not reached.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     named = sum(value is not None for value in given)
+    if named and config.join == "no":
+        raise ValueError("--cluster.join no joins no pod, which the three flags describe. Leave "
+                         "it out, or them.")  # fmt: skip
     if named not in (0, 3):
         raise ValueError(f"{detect.THREE} go together; got {given}. Give all three, or none where "
                          "JAX detects a pod.")  # fmt: skip
@@ -74,16 +82,42 @@ def join(config: ClusterConfig) -> None:
     if named == 3:
         _reach(config)
     try:
-        # One that fails alone takes the others with it within a minute.
-        jax.distributed.initialize(
-            *given, heartbeat_timeout_seconds=config.heartbeat_seconds, shutdown_timeout_seconds=60
-        )
+        with _said_if_long(config):
+            # One that fails alone takes the others with it within a minute.
+            jax.distributed.initialize(
+                *given,
+                heartbeat_timeout_seconds=config.heartbeat_seconds,
+                shutdown_timeout_seconds=60,
+            )
     except Exception as error:  # of JAX's, the metadata server's or Kubernetes's client
+        says = (str(error) or repr(error)).splitlines()[0]
+        if named == 3:
+            raise ValueError(
+                f"The pod at {config.coordinator} can't be joined: {says} Is the port free on the "
+                "host of process 0, and each number given once?"
+            ) from error
         raise ValueError(
             "To join a pod, JAX must detect Slurm, Open MPI, a TPU slice or a job of Kubernetes, "
-            f"or be told; it says: {(str(error) or repr(error)).splitlines()[0]} Give "
-            f"{detect.THREE}, or --cluster.join no for a run of one process."
+            f"or be told; it says: {says} Give {detect.THREE}, or --cluster.join no for a run of "
+            "one process."
         ) from error
+
+
+@contextlib.contextmanager
+def _said_if_long(config: ClusterConfig) -> Iterator[None]:
+    """Process 0 says after a while that it waits for the others, which JAX does in silence."""
+    if config.process_id != 0:
+        yield
+        return
+    others = (config.num_processes or 1) - 1
+    line = f"Waiting for {others} other process(es) to join at {config.coordinator}."
+    timer = threading.Timer(_SILENT_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wanted(config: ClusterConfig, given: tuple[object, ...]) -> bool:
