@@ -170,9 +170,7 @@ def parse(config: type[Any], name: str, doc: str | None, args: Sequence[str]) ->
     if len(positional) == 1:
         _refuse_flag_of_positional(*positional[0], prog, args)
     _refuse_repetitions(args)
-    if odd := [
-        word for word in args if re.match("(?i)(--[a-z.-]+=)?gs://", word) and "gs:" not in word
-    ]:
+    if odd := [word for word in args if re.match("(--[a-z.-]+=)?(GS|Gs|gS)://", word)]:
         raise ValueError(f"A bucket's address begins with gs://, in small letters; got {odd[0]}.")
     shown = tyro.conf.arg(help="Show where an error was raised.")
     fields = [

@@ -82,8 +82,8 @@ def lock(folder: pathlib.Path, file: str = "lock", name: object = None) -> conte
         stack.callback(held.release)
     except filelock.Timeout:
         raise ValueError(
-            f"A run folder is one process's at a time; another is running in {name or folder}. Wait for "
-            "it, or take another folder."
+            f"A run folder is one process's at a time; another is running in {name or folder}. "
+            "Wait for it, or take another folder."
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:

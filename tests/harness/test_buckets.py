@@ -1,22 +1,30 @@
 """Run folders in a bucket, which a server on this machine stands for."""
 
 import json
-import os
-import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.parse
 
-import bucket_server
-import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bucket_runs import (
+    RUN,
+    alone,
+    content,
+    hosts,
+    objects,
+    pod,
+    pod_flags,
+    quoted,
+    rows,
+    server,
+    steps,
+    store,
+    wait_for_step,
+)
 from etils import epath
 from gcsfs.retry import HttpError
 
@@ -29,101 +37,7 @@ from fmjax.harness.places import patient, scratch
 from fmjax.harness.run import Run
 from fmjax.training import checkpoints
 
-ROOT = pathlib.Path(__file__).parents[2]
-RUN = "gs://bucket/run"
-FLAGS = "--batch-size 64 --model.features 64 64 --log-every 1 --num-samples 0 --eval-examples 0 "
-FLAGS += "--frames 0 --side 8 --steps-per-dispatch 1"
-SECONDS = 240
-
-
-@pytest.fixture
-def server(tmp_path):
-    with bucket_server.serve(tmp_path / "contents") as server:
-        yield server
-
-
-class Host:
-    """Processes with a working folder, a home and a temporary folder of their own."""
-
-    def __init__(self, server, folder):
-        self.folder, self.log = folder, folder / "log"
-        (folder / "tmp").mkdir(parents=True)
-        (folder / "work").mkdir()
-        self.environ = os.environ | server.environ
-        self.environ |= {"TMPDIR": str(folder / "tmp"), "HOME": str(folder)}
-        self.environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        self.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-
-    def start(self, *words, devices=4):
-        environ = self.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        command = [sys.executable, *words]
-        with open(self.log, "a") as log:
-            return subprocess.Popen(
-                command, cwd=self.folder / "work", env=environ, stdout=log, stderr=log
-            )
-
-    def finish(self, process, code=0, seconds=SECONDS):
-        assert process.wait(seconds) == code, self.log.read_text()
-
-
-@pytest.fixture
-def hosts(server, tmp_path):
-    return [Host(server, tmp_path / f"host{k}") for k in range(2)]
-
-
-def pod_flags():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    return ["--cluster.coordinator", address, "--cluster.num-processes", "2"]
-
-
-def pod(hosts, *flags, workdir=RUN):
-    words = ["-m", "experiments.two_moons", "--workdir", workdir, *FLAGS.split(), *flags]
-    words += pod_flags()
-    return [host.start(*words, "--cluster.process-id", str(k)) for k, host in enumerate(hosts)]
-
-
-def alone(host, *flags, workdir=RUN, devices=4):
-    words = ["-m", "experiments.two_moons", "--workdir", workdir, *FLAGS.split(), *flags]
-    return host.start(*words, devices=devices)
-
-
-def objects(server):
-    """The names of all objects in the patient."""
-    status, _, body = server.forward("GET", "/storage/v1/b/bucket/o?maxResults=1000", b"", {})
-    assert status == 200
-    return [item["name"] for item in json.loads(body).get("items", ())]
-
-
-def quoted(name):
-    return urllib.parse.quote(name, safe="")
-
-
-def content(server, name):
-    path = f"/storage/v1/b/bucket/o/{quoted(name)}?alt=media"
-    status, _, body = server.forward("GET", path, b"", {})
-    assert status == 200, (status, name)
-    return body
-
-
-def rows(server, run="run"):
-    found = [json.loads(line) for line in content(server, f"{run}/metrics.jsonl").splitlines()]
-    assert [row["step"] for row in found] == list(range(1, len(found) + 1))  # none twice
-    return found
-
-
-def steps(server, run="run"):
-    parts = [name.split("/") for name in objects(server) if name.endswith("/commit_success.txt")]
-    return sorted(int(p[2]) for p in parts if p[:2] == [run, "checkpoints"] and len(p) == 4)
-
-
-def wait_for_step(server, step, hosts, processes):
-    deadline = time.monotonic() + SECONDS
-    while not any(found >= step for found in steps(server)):
-        said = "".join(host.log.read_text() for host in hosts)
-        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, said
-        time.sleep(0.05)
+__all__ = ["hosts", "server", "store"]
 
 
 @pytest.mark.slow
@@ -199,27 +113,6 @@ def test_disks_of_their_own_are_named(hosts):
         assert not list((host.folder / "work").iterdir())
 
 
-@pytest.mark.slow
-def test_a_predecessor_that_lives_on_ends_and_writes_nothing(server, hosts):
-    flags = ("--num-steps", "1000000", "--checkpoint-every", "20")
-    first = alone(hosts[0], *flags)
-    wait_for_step(server, 20, hosts[:1], [first])
-    first.send_signal(signal.SIGSTOP)  # a host that was thought dead
-    second = alone(hosts[1], *flags)
-    wait_for_step(server, steps(server)[-1] + 60, hosts[1:], [second])
-    second.send_signal(signal.SIGTERM)
-    hosts[1].finish(second, 128 + signal.SIGTERM)
-    before, saved = {name: content(server, name) for name in objects(server)}, steps(server)
-    first.send_signal(signal.SIGCONT)
-    hosts[0].finish(first, 2, seconds=60)
-    assert f"Another run has begun in {RUN}" in hosts[0].log.read_text()
-    after = {name: content(server, name) for name in objects(server)}
-    assert steps(server) == saved
-    kept = {name for name in before if "/checkpoints/" not in name}
-    assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
-    rows(server)
-
-
 @pytest.mark.parametrize(
     ("workdir", "said"),
     [
@@ -236,6 +129,11 @@ def test_what_orbax_can_not_write_to_is_refused(workdir, said):
 def test_a_local_path_is_no_address():
     with pytest.raises(ValueError, match=re.escape("--out must be a local path; got gs:/bucket/a")):
         command.parse(sample.Config, "sample", "", ["runs/a", "--out", "gs://bucket/a"])
+
+
+def test_a_scheme_in_capitals_is_refused():
+    with pytest.raises(ValueError, match="begins with gs://, in small letters; got GS://bucket/a"):
+        command.parse(sample.Config, "sample", "", ["GS://bucket/a"])
 
 
 def test_a_bucket_needs_its_extra(monkeypatch):
@@ -266,17 +164,6 @@ def test_without_credentials_nothing_is_begun(monkeypatch):
     patient.register(1.0)
     with pytest.raises(ValueError, match="there are no credentials"):
         patient.check(epath.Path(RUN))
-
-
-@pytest.fixture
-def store(server, monkeypatch):
-    """The bucket in this process."""
-    for name, value in server.environ.items():
-        monkeypatch.setenv(name, value)
-    patient.register(20.0)
-    fsspec.filesystem("gs").clear_instance_cache()
-    yield server
-    patient.Patient.clear_instance_cache()
 
 
 @pytest.mark.slow
@@ -315,7 +202,7 @@ def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
     folder = tmp_path / "here"
     (folder / "samples").mkdir(parents=True)
     (folder / "compiled").mkdir()
-    sender = scratch.Sender(epath.Path(RUN), folder, patient.write)
+    sender = scratch.Sender(epath.Path(RUN), folder)
     (folder / "metrics.jsonl").write_text("1\n")
     (folder / "samples" / "a.png").write_bytes(b"picture")
     (folder / "compiled" / "program").write_bytes(b"stays here")
@@ -333,9 +220,13 @@ def test_what_changes_goes_up_and_what_grows_only_now_and_then(store, tmp_path):
     other = tmp_path / "there"
     (other / "samples").mkdir(parents=True)
     (other / "samples" / "never_sent.png").write_bytes(b"")
-    scratch.lay_out(epath.Path(RUN), other)
+    num = len(store.requests)
+    scratch.lay_out(epath.Path(RUN), other, whole=True)
+    assert len(store.requests) - num <= 3  # a listing, and each of two files
     assert (other / "samples" / "a.png").read_bytes() == b"picture"
     assert not (other / "samples" / "never_sent.png").exists()
+    scratch.lay_out(epath.Path(RUN), other, whole=False)  # as a run that goes on
+    assert [path.name for path in other.rglob("*") if path.is_file()] == ["metrics.jsonl"]
 
 
 @pytest.mark.slow
@@ -380,48 +271,3 @@ def test_a_checkpoint_costs_ten_requests_of_ours_at_most(store, monkeypatch, tmp
     assert held["40"] == [[1.0, 1.0]]
     events = [name for name in objects(store) if name.startswith("run/tensorboard/")]
     assert len(events) == 5  # each once
-
-
-@pytest.mark.slow
-def test_what_a_dead_run_had_not_sent_is_gone(store, monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
-    state = training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
-    with Run("tiny", config) as run:
-        run.restore(state)
-        run.log(10, {"loss": 1.0})
-        run.begin()
-        run.save(state._replace(step=jnp.int32(10)), wait=True)
-    (run.folder / "metrics.jsonl").write_text('{"step": 10, "loss": 9.0, "seconds": 0.0}\n')
-    (run.folder / "samples" / "old.png").write_bytes(b"")
-    with Run("tiny", config) as run:
-        assert int(run.restore(state).step) == 10
-        assert [row["loss"] for row in run.metrics()] == [1.0]
-        assert not (run.folder / "samples" / "old.png").exists()
-
-
-def test_a_start_that_fails_leaves_no_object(store, monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
-    with pytest.raises(RuntimeError), Run("tiny", config) as run:
-        run.restore(training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ()))
-        raise RuntimeError("before the first step")
-    assert objects(store) == []
-    assert not run.folder.exists()
-
-
-@pytest.mark.slow
-def test_two_runs_can_not_both_complete_a_checkpoint(store, monkeypatch, tmp_path):
-    state = training.TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, ())
-    config = RunConfig(workdir=epath.Path(RUN), num_steps=100)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(ValueError, match="Another run has begun"), Run("tiny", config) as run:
-        run.restore(state)
-        run.begin()
-        run.save(state._replace(step=jnp.int32(10)), wait=True)
-        patient.write(f"{RUN}/owner.json", b'{"token": "of another", "host": "elsewhere"}')
-        run.log(20, {"loss": 1.0})
-        with pytest.raises(checkpoints.stored.CheckpointSaveError, match="on elsewhere"):
-            run.save(state._replace(step=jnp.int32(20)), wait=True)
-        assert steps(store) == [10]
-        run._place.check()

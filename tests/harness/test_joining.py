@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -192,6 +193,24 @@ def test_real_processes_join_by_what_jax_detects(kind):
     errors = [line for text in said for line in text.splitlines() if "error: " in line]
     assert errors[0].startswith("error: The batch size") and "2 devices" in errors[0], said
     assert errors[1] == f"process 1 on {socket.gethostname()}: {errors[0]}", said
+
+
+def test_flags_of_a_pod_are_not_left_unread():
+    config = ClusterConfig("no", "localhost:1234", 2, 0)
+    with pytest.raises(ValueError, match="--cluster.join no joins no pod, which the three flags"):
+        cluster.join(config)
+
+
+def test_process_0_says_that_it_waits_and_what_stood_in_the_way(environ, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        time.sleep(0.3)
+        raise RuntimeError("Address already in use")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(cluster, "_SILENT_SECONDS", 0.1)
+    with pytest.raises(ValueError, match="localhost:1234 can't be joined: Address already in use"):
+        cluster.join(ClusterConfig("auto", "localhost:1234", 3, 0))
+    assert capsys.readouterr().err == "Waiting for 2 other process(es) to join at localhost:1234.\n"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from made_runs import params_at
 import fmjax as fm
 from fmjax import harness
 from fmjax.harness.read import read, restore_params
+from fmjax.training import checkpoints
 
 X = np.random.default_rng(0).normal(size=(7, 2)).astype(np.float32)
 LABELS = np.arange(7) % 3
@@ -48,6 +50,25 @@ def test_a_guided_velocity_is_the_one_by_hand(folder):
     velocity = harness.load(folder, LABELS, guidance=2.0).velocity
     np.testing.assert_allclose(velocity(0.3, X), none + 2 * (known - none), atol=1e-5)
     assert np.abs(known - none).max() > 0.1
+
+
+def test_a_checkpoint_that_makes_room_while_it_is_read_is_no_error(tmp_path, monkeypatch):
+    """As in the folder of a run that is training; what fails again is raised."""
+    folder = tmp_path / "run"
+    harness.train(tiny.Config(workdir=folder, num_steps=6, checkpoint_every=2), tiny.make_task)
+    example, restore, gone = params_at(folder, 6, "ema_params"), checkpoints.restore_params, []
+
+    def pruned(*args, **kwargs):
+        if not gone:
+            gone.append(6)
+            shutil.rmtree(folder / "checkpoints" / "6")
+            raise FileNotFoundError("checkpoints/6")
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "restore_params", pruned)
+    assert restore_params(folder, example)[1] == 4
+    with pytest.raises(ValueError, match="w"):
+        restore_params(folder, {"w": example["w"]})
 
 
 def test_guidance_without_a_condition_is_refused(folder):

@@ -63,8 +63,8 @@ def join(config: ClusterConfig) -> None:
 
     Raises:
       ValueError: if only some of coordinator, num_processes and process_id are given, any of them
-        with `join="no"`, or one of them can't be; if JAX detects no pod, and the environment is that of one process of several
-        or `join="yes"`; if process 0 is not reached.
+        with `join="no"`, or one of them can't be; if JAX detects no pod, and the environment is
+        that of one process of several or `join="yes"`; if process 0 is not reached.
     """
     given = (config.coordinator, config.num_processes, config.process_id)
     named = sum(value is not None for value in given)
@@ -93,7 +93,7 @@ def join(config: ClusterConfig) -> None:
         says = (str(error) or repr(error)).splitlines()[0]
         if named == 3:
             raise ValueError(
-                f"The pod at {config.coordinator} can't be joined: {says} Is the port free on the "
+                f"The pod at {config.coordinator} can't be joined: {says.rstrip('.')}. Is the port free on the "
                 "host of process 0, and each number given once?"
             ) from error
         raise ValueError(
