@@ -93,8 +93,8 @@ def join(config: ClusterConfig) -> None:
         says = (str(error) or repr(error)).splitlines()[0]
         if named == 3:
             raise ValueError(
-                f"The pod at {config.coordinator} can't be joined: {says.rstrip('.')}. Is the port free on the "
-                "host of process 0, and each number given once?"
+                f"The pod at {config.coordinator} can't be joined: {says.rstrip('.')}. Is the port "
+                "free on the host of process 0, and each number given once?"
             ) from error
         raise ValueError(
             "To join a pod, JAX must detect Slurm, Open MPI, a TPU slice or a job of Kubernetes, "
