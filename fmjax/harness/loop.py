@@ -18,6 +18,7 @@ from fmjax import data, training
 from fmjax.harness.config import RunConfig, mesh
 from fmjax.harness.failures import NotFinite
 from fmjax.harness.pods import cluster
+from fmjax.harness.pods.preemption import Preemption
 from fmjax.harness.progress import progress
 from fmjax.harness.run import Run
 from fmjax.harness.step import Steps
@@ -109,7 +110,7 @@ def train(
     config, start = run.config, int(state.step)
     watch = Watch(run, NotFinite(run, state), start, on_metrics)
     pending, first_end = None, start
-    with watch.progress, cluster.Preemption().watch() as preemption:
+    with watch.progress, Preemption().watch() as preemption:
         for count, dispatch in enumerate(dispatches(config, task.num_examples, start)):
             batches = gather(task.batch, dispatch.rows)
             state, metrics = steps(state, key, batches)

@@ -12,7 +12,7 @@ import time
 import pytest
 from made_runs import final_state, rows
 
-from fmjax.harness.pods import cluster
+from fmjax.harness.pods import preemption
 
 pytestmark = pytest.mark.slow  # each starts processes
 TESTS = pathlib.Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def test_a_notebooks_process_is_not_ended(monkeypatch, ends, said):
     monkeypatch.setattr(os, "_exit", ended.append)
     here.sendall(bytes([signal.SIGTERM, signal.SIGINT, signal.SIGINT]))
     here.close()
-    cluster._answer(there, ends)
+    preemption._answer(there, ends)
     there.close()
     assert written[0][0] == 2 and said in written[0][1]
     assert ended == ([130] if ends else [])
