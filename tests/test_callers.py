@@ -307,7 +307,10 @@ def test_what_is_no_array_of_floats_is_refused(name):
             ARRAYS[name](x)
 
 
-@pytest.mark.parametrize("name", ["sample", "log_prob", "sample_each", "minibatch_ot"])
+@pytest.mark.parametrize(
+    "name",
+    ["sample", "log_prob", "sample_each", pytest.param("minibatch_ot", marks=pytest.mark.slow)],
+)
 def test_a_mesh_with_explicit_axes_is_named(name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(np.ones((4, 2), np.float32), NamedSharding(mesh, PartitionSpec("data")))

@@ -199,6 +199,7 @@ def test_guidance_of_another_batch_is_refused():
         wrong(jnp.zeros(()), X)
 
 
+@pytest.mark.slow
 def test_guidance_within_an_interval():
     velocity = fm.guidance_interval(lambda t, x: 2 * x, lambda t, x: x, 0.25, 0.75)
     for t, factor in ((0.0, 1), (0.25, 2), (0.5, 2), (0.75, 2), (0.8, 1)):

@@ -71,6 +71,7 @@ def test_the_published_checksums_are_those_tfds_knows():
             assert (int(info.size), info.checksum) == (archive.size, archive.sha256), archive
 
 
+@pytest.mark.slow
 def test_importing_archives_loads_neither_tfds_nor_tensorflow():
     program = (
         "import sys, fmjax.data.archives\n"

@@ -123,6 +123,7 @@ def test_wrong_splits(split, message):
         data.load_digits(split)
 
 
+@pytest.mark.slow
 def test_importing_data_loads_neither_tfds_nor_tensorflow():
     program = (
         "import sys, fmjax.data\n"

@@ -132,6 +132,7 @@ def test_a_rotation_pays_for_its_arc():
     np.testing.assert_allclose(end[:, 2], w**2 * squares, rtol=0.013)  # half of 100 (w h)^2
 
 
+@pytest.mark.slow
 def test_paths_of_the_methods():
     """Means and deviations of x_t and u_t around a fixed pair (x0, x1)."""
     num, sigma = 200_000, 0.1
@@ -266,6 +267,7 @@ def test_torchcfm_runs_under_another_protocol_are_left_out(tmp_path, capsys):
     assert "No runs of torchcfm under this protocol" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fm_is_lipmans_velocity():
     """(x1 - (1 - sigma) x_t) / (1 - (1 - sigma) t), at the times and points that were drawn."""
     x0, x1 = jax.random.normal(jax.random.key(1), (2, 64, 2))

@@ -53,6 +53,7 @@ def apart(params, key, drawn):
     return jnp.sum((x1 - x0 - params[None]) ** 2 * jnp.sum(x0 * x1, -1, keepdims=True), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_parts", [2, 8])
 def test_what_is_drawn_is_drawn_over_the_whole_batch(num_parts):
     """Descent by the mean of 2 (p - x1 + x0) <x0, x1> over the pairs of the step's own key."""
@@ -137,6 +138,7 @@ def test_two_processes_take_the_parts_that_one_takes(tmp_path):
     assert np.max(np.abs(losses(tmp_path / "none") - runs[0][0])) > 1e-3  # other noise
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_those_of_the_whole_batch():
     config = tiny.Config(batch_size=32, accumulate=2)
     task = tiny.make_task(config)

@@ -41,6 +41,7 @@ def told(capsys, folder, *flags, make_task=tiny.make_task, config=Config):
     return one_line(said.rpartition("step/s]\n")[2])  # after the progress bar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["init_state", "jit_steps"])
 def test_the_line_says_what_two_other_flags_would_need(tmp_path, capsys, monkeypatch, place):
     monkeypatch.setattr(step, place, full if place == "init_state" else lambda *args: full)
@@ -62,6 +63,7 @@ def test_the_line_comes_when_nothing_could_be_measured(tmp_path, capsys, monkeyp
     assert f"99 bytes. {want}" in said
 
 
+@pytest.mark.slow
 def test_the_line_comes_in_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step, "jit_steps", lambda *args: full)
     monkeypatch.setattr(memory, "SECONDS", 0.2)
@@ -120,6 +122,7 @@ def too_large(config):
     return tiny.make_task(config)._replace(init=init, step=take)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_really_full(tmp_path, capsys):
     flags = ("--num-devices", "1", "--batch-size", "8")
     said = told(capsys, tmp_path / "run", *flags, make_task=too_large, config=tiny.Config)
@@ -128,6 +131,7 @@ def test_a_device_that_is_really_full(tmp_path, capsys):
     assert float(re.search(r"--accumulate 4 would need ([\d.e+]+) GiB", said)[1]) < 0.5 * one
 
 
+@pytest.mark.slow
 def test_needed_holds_the_state_besides_what_is_between():
     """Parameters, average and two moments of a wide linear velocity, and a gradient or two."""
     config = tiny.Config(num_devices=1, batch_size=8, dim=256)

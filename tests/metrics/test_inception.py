@@ -212,6 +212,7 @@ def test_features_are_the_recorded_ones(encoder, protocol):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), norms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_says_what_it_is(encoder, weights):
     a, b = encoder(LEGACY_TENSORFLOW), encoder(TORCHMETRICS)
     assert (a.name, b.name) == ("InceptionV3, protocol A", "InceptionV3, protocol B")

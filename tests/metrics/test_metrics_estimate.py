@@ -78,6 +78,7 @@ def test_docstring_examples_run(name):
     assert done.attempted > 0 and done.failed == 0
 
 
+@pytest.mark.slow
 def test_metrics_load_neither_flax_nor_with_fmjax():
     code = "import sys, fmjax; print('fmjax.metrics' in sys.modules); import fmjax.metrics; "
     code += "print([m for m in ('flax', 'orbax', 'torch', 'tensorflow') if m in sys.modules])"

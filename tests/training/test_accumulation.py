@@ -97,17 +97,20 @@ def compiled(num_parts, num_devices, size=4096):
     return jax.jit(grad, in_shardings=shardings).lower(params, KEY, batch).compile()
 
 
+@pytest.mark.slow
 def test_four_parts_take_less_than_half_of_the_memory(way):
     one, four = (compiled(n, 1).memory_analysis().temp_size_in_bytes for n in (1, 4))
     assert four < 0.5 * one, (four, one)
 
 
+@pytest.mark.slow
 def test_gradients_of_parts_are_not_kept(way):
     """On several devices, whose sums of small parts are all there is to hold."""
     two, four = (compiled(n, 8, size=64).memory_analysis().temp_size_in_bytes for n in (2, 4))
     assert four < 1.1 * two, (four, two)
 
 
+@pytest.mark.slow
 def test_parts_stay_on_their_devices(way):
     """Nothing but sums goes from one device to another, as without parts."""
     for num_parts in (1, 4):

@@ -70,7 +70,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     [
         slow("mlp", 8, 1),
         slow("mlp", 8, 8),
-        ("mlp", 8, 2),
+        slow("mlp", 8, 2),
         slow("mlp", 4, 4),
         slow("unet", 8, 8),
     ],
