@@ -31,6 +31,12 @@ PATHS = {
 }
 
 
+def quick_on(*quick, names=tuple(PATHS)):
+    """Each of these paths; the tests of all but a few take longer together."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in quick]
+    return pytest.mark.parametrize("name", [*quick, *slow])
+
+
 @pytest.fixture
 def x64():
     """Float64 in one test."""

@@ -98,7 +98,9 @@ _FIX = "The last step starts at 1 - 1 / num_steps."
 def _step(path: AffinePath, t: jax.Array, num_steps: int) -> tuple[jax.Array, ...]:
     """alpha_s, k and the variance of the step from t to s, the next time of the grid."""
     alpha, sigma = weights(path, t)
-    alpha_s, sigma_s = weights(path, (jnp.round(t * num_steps) + 1) / num_steps)
+    left = num_steps - 1 - jnp.round(t * num_steps)
+    # 1 at the last step whatever the rounding; compiled, (k + 1) / n may be beyond it.
+    alpha_s, sigma_s = weights(path, 1 - left / num_steps)
     ratio = sigma_s * alpha / (alpha_s * sigma)
     return alpha_s, sigma_s * ratio, sigma_s**2 * (1 - ratio) * (1 + ratio)
 

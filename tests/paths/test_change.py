@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import PATHS, gaussian_predictions, gaussian_velocity, jit
+from oracles import PATHS, gaussian_predictions, gaussian_velocity, jit, quick_on
 from oracles import x64 as x64
 
 import fmjax as fm
@@ -18,12 +18,6 @@ TIMES = np.array([0.0, 1e-9, *INSIDE, 1 - 1e-6, 1.0])
 STEEP_END = {"vp", "linear_vp"}  # sigma' is infinite at t = 1
 FLAT_START = {"polynomial_2", "polynomial_1.5"}  # W = 0 at t = 0
 REACHES_BOTH_ENDS = set(PATHS) - {"vp", "cond_ot_0.1"}
-
-
-def quick_on(*quick, names=tuple(PATHS)):
-    """Each of these paths; the tests of all but a few take longer together."""
-    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in quick]
-    return pytest.mark.parametrize("name", [*quick, *slow])
 
 
 def exact(name):
