@@ -206,7 +206,7 @@ def test_ddpms_ancestral_sampler(x64):
 
 
 def test_the_last_ancestral_step_draws_nothing():
-    """Compiled, (n - 1 + 1) / n need not be 1: past it sigma has no value, before it noise is left."""
+    """Compiled, (n - 1 + 1) / n need not be 1; past it sigma has no value."""
     counts = range(1, 300)
 
     @jit
