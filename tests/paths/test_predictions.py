@@ -26,7 +26,7 @@ def points(num=5, dtype=None):
     return jnp.asarray(np.random.default_rng(0).standard_normal((num, 3)), dtype)
 
 
-@quick_on("vp", "cond_ot_0.1", "own")
+@quick_on("vp")
 def test_above_the_floor_they_are_the_exact_velocity(name, x64):
     path, t, x = PATHS[name], jnp.asarray(INSIDE), points()
     x1, x0 = gaussian_predictions(path, MEAN, STD)
@@ -60,6 +60,7 @@ def test_below_the_floor_the_error_is_the_stated_one(x64):
     np.testing.assert_allclose(error[-1], -x1(t, x)[-1], rtol=1e-12)  # at the source the mean is
 
 
+@pytest.mark.slow
 def test_what_a_floor_costs_a_sample(x64):
     """The error of x(1) goes with the square of the floor from x1, with the floor from x0."""
     path, x = fm.cond_ot(), points()
@@ -78,7 +79,7 @@ def test_what_a_floor_costs_a_sample(x64):
     np.testing.assert_allclose(np.log2(errors[2] / errors[3]), 1, atol=0.15)
 
 
-@quick_on("vp", "cond_ot_0.1", "own")
+@quick_on("vp")
 def test_the_preconditioned_target_has_unit_variance(name, x64):
     """F's target is a x1 / S + b x0 with a^2 + b^2 = 1, and its input has unit variance as well."""
     path, scale = PATHS[name], 0.7
@@ -101,7 +102,7 @@ def test_the_preconditioned_target_has_unit_variance(name, x64):
     np.testing.assert_allclose((np.asarray(inputs[0]) ** 2).sum(-1), 1, rtol=1e-14)
 
 
-@quick_on("vp", "cond_ot_0.1", "own")
+@quick_on("vp")
 def test_without_a_network_it_is_the_flow_to_a_gaussian(name, x64):
     velocity = fm.precondition(PATHS[name], lambda t, x: jnp.zeros_like(x), 0.4)
     t, x = jnp.asarray(INSIDE), points()
@@ -109,6 +110,7 @@ def test_without_a_network_it_is_the_flow_to_a_gaussian(name, x64):
     np.testing.assert_allclose(velocity(t, x), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_without_a_network_samples_are_gaussian():
     velocity = fm.precondition(fm.cond_ot(), lambda t, x: jnp.zeros_like(x), 0.4)
     x0 = whitened_normal(32, 2)
