@@ -32,6 +32,12 @@ TIMES = {
     "logit_normal_shifted": (fm.logit_normal(0.8, 0.5), logit_normal_cdf(0.8, 0.5)),
     "edm_skewed": (fm.edm_skewed(), edm_cdf(-1.2, 1.2)),
     "edm_skewed_other": (fm.edm_skewed(0.5, 0.7), edm_cdf(0.5, 0.7)),
+    # P(t <= c) where t = u / (u + 3 (1 - u)) and u is uniform.
+    "shifted": (fm.shifted(fm.uniform, 3.0), lambda t: 3 * t / (1 + 2 * t)),
+    "shifted_twice": (
+        fm.shifted(fm.shifted(fm.uniform, 3.0), 0.2),
+        lambda t: 0.6 * t / (1 - 0.4 * t),
+    ),
 }
 all_times = pytest.mark.parametrize("name", TIMES)
 
@@ -83,6 +89,11 @@ def test_errors():
         for make in (fm.logit_normal, fm.edm_skewed):
             with pytest.raises(ValueError, match="must be a finite number"):
                 make(**how)
+    for shift in (0.0, -1.0, np.nan, np.inf, None):
+        with pytest.raises(ValueError, match="shift must be"):
+            fm.shifted(fm.uniform, shift)
+    with pytest.raises(ValueError, match=r"times must be a sampler.*got 3.0"):
+        fm.shifted(3.0, fm.uniform)
     for t_min in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match="t_min must be in"):
             fm.edm_skewed(t_min=t_min)

@@ -10,13 +10,24 @@ The derivatives are never written down: `jax.jvp` takes them.
 
 from .affine import AffinePath as AffinePath
 from .affine import sample_path as sample_path
+from .ancestral import ancestral_diffusion as ancestral_diffusion
+from .ancestral import ancestral_drift as ancestral_drift
+from .change import change_path as change_path
+from .change import match_scales as match_scales
+from .change import match_times as match_times
 from .conversions import score_to_velocity as score_to_velocity
 from .conversions import velocity_to_score as velocity_to_score
 from .conversions import velocity_to_x0 as velocity_to_x0
 from .conversions import velocity_to_x1 as velocity_to_x1
 from .conversions import x0_to_velocity as x0_to_velocity
 from .conversions import x1_to_velocity as x1_to_velocity
+from .langevin import langevin_diffusion as langevin_diffusion
+from .langevin import langevin_drift as langevin_drift
 from .marginal import marginal_velocity as marginal_velocity
+from .predictions import PredictedVelocity as PredictedVelocity
+from .predictions import from_x0 as from_x0
+from .predictions import from_x1 as from_x1
+from .predictions import precondition as precondition
 from .schedules import cond_ot as cond_ot
 from .schedules import cosine as cosine
 from .schedules import linear_vp as linear_vp

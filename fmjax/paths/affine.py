@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..types import (
     PathSample,
@@ -81,13 +82,16 @@ def schedule(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
     check_path(path)
     t = as_time(t)
 
-    def both(t: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(
-            _coefficient(name, f, t) for name, f in zip(("alpha", "sigma"), path, strict=True)
-        )
+    def both(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return weights(path, t)
 
     (alpha, sigma), (alpha_dot, sigma_dot) = jax.jvp(both, (t,), (jnp.ones_like(t),))
     return t, alpha, sigma, alpha_dot, sigma_dot
+
+
+def weights(path: AffinePath, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha and sigma alone, at times that are checked already."""
+    return coefficient("alpha", path.alpha, t), coefficient("sigma", path.sigma, t)
 
 
 def schedule_with_w(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
@@ -117,15 +121,18 @@ def as_time(t: Any) -> jax.Array:
     t = as_array("t", t)
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = as_floating("t", t) if jnp.iscomplexobj(t) else t.astype(jnp.float32)
-    if is_concrete(t) and t.size and not (t.min() >= -_SLACK and t.max() <= 1 + _SLACK):
-        raise ValueError(
-            f"t must be in [0, 1], 0 at the source and 1 at the data; got times from {t.min()} to "
-            f"{t.max()}. Steps of 0..N need t / N."
-        )
+    if is_concrete(t) and t.size:
+        known = np.asarray(t)  # JAX's own minimum of it is traced under jit
+        if not (known.min() >= -_SLACK and known.max() <= 1 + _SLACK):
+            raise ValueError(
+                "t must be in [0, 1], 0 at the source and 1 at the data; got times from "
+                f"{known.min()} to {known.max()}. Steps of 0..N need t / N."
+            )
     return at_least_float32(t)
 
 
-def _coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
+def coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
+    """A function of time at t, in the shape and the dtype of t; a number is constant."""
     value = function(t)
     if isinstance(value, int | float):
         value = jnp.asarray(value, t.dtype)
@@ -142,16 +149,23 @@ def combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array
     return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
 
 
-def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array) -> None:
-    """Refuses a concrete t at which a coefficient is infinite or undefined."""
+def scaled(a: jax.Array, x: jax.Array) -> jax.Array:
+    """a x, with a a function of time, computed in the wider dtype, returned in x's."""
+    dtype = wider(a.dtype, x.dtype)
+    return (broadcast_time(a, x).astype(dtype) * x.astype(dtype)).astype(x.dtype)
+
+
+def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array, fix: str = "") -> None:
+    """Refuses a concrete t where a coefficient is infinite or undefined; `fix` ends the error."""
     if not is_concrete(*coefficients):
         return
     for c in coefficients:
         finite = jnp.isfinite(c)
         if not finite.all():
             at = jnp.ravel(t)[jnp.argmin(jnp.ravel(finite))]
-            noise = " cond_ot(sigma_min=1e-4) has no singularity at the data." if at > 0.5 else ""
+            if not fix and at > 0.5:
+                fix = "cond_ot(sigma_min=1e-4) has no singularity at the data."
             raise ValueError(
                 f"{name} has no finite value where this path is singular; got t = {at}. Take t "
-                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{noise}"
+                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{' ' * bool(fix)}{fix}"
             )

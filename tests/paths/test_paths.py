@@ -209,6 +209,16 @@ def test_sample_path_refuses_an_infinite_slope_only(name):
         np.testing.assert_allclose(x_t, x1 + END_POINTS[name][1] * x0, atol=1e-6)
 
 
+def test_a_known_time_is_checked_in_a_compiled_function_too():
+    x0, x1 = draw()
+    for t in (jnp.float32(0.5), jnp.full(5, 0.5)):
+        got = jit(lambda x0, t=t: fm.sample_path(fm.cond_ot(), x0, x1, t).x_t)(x0)
+        np.testing.assert_allclose(got, (x0 + x1) / 2, rtol=1e-6, atol=1e-6)
+    late = jnp.full(5, 500.0)
+    with pytest.raises(ValueError, match=r"t must be in \[0, 1\]"):
+        jit(lambda x0: fm.sample_path(fm.cond_ot(), x0, x1, late).x_t)(x0)
+
+
 def test_wrong_shapes_and_settings_are_refused():
     path, (x0, x1) = fm.cond_ot(), draw((3,), batch=4)
     takes_t = [lambda t, f=f: f(path, t, x0, x1) for f, *_ in CONVERSIONS.values()]
