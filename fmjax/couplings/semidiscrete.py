@@ -107,7 +107,7 @@ def semidiscrete_potential(
             hits = jnp.zeros_like(g).at[jnp.argmax(scores, axis=1)].add(1.0)
             share = hits / batch_size
         updates, state = tx.update(num * share - 1, state)
-        g = g + scale * updates
+        g = g + scale * jnp.asarray(updates)
         nth = jnp.maximum(k - (num_steps - kept) + 1, 1).astype(g.dtype)
         return (g, state, mean + (g - mean) / nth), None
 
