@@ -72,6 +72,7 @@ EXPERIMENTS = {
     },
     "experiments.benchmarks": {
         "experiments",
+        "couplings",
         "data",
         "harness",
         "models",
