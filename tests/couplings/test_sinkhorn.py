@@ -233,6 +233,17 @@ def test_pairs_are_drawn_in_the_ratio_of_the_masses():
     assert abs(np.mean(rows1) - 0.75) < 0.017 and abs(np.mean(rows0) - 0.5) < 0.02
 
 
+def test_pairs_are_drawn_together():
+    """Both rows, in proportion to the plan: its 12 shares to 4.5 standard errors."""
+    x0, x1 = draw((4, 1))
+    x0, num = x0[:3], 20_000
+    want = plan_of(x0, x1, 1.0, tau0=2.0, tau1=1.0)
+    want = want / want.sum()
+    rows0, rows1 = jit(couplings.unbalanced(1.0, 2.0, 1.0, num_pairs=num))(KEY, x0, x1)
+    share = np.histogram2d(rows0, rows1, bins=(np.arange(4), np.arange(5)))[0] / num
+    assert (np.abs(share - want) < 4.5 * np.sqrt(want / num)).all()
+
+
 @pytest.mark.slow
 def test_an_outlier_is_left_out():
     """Balanced transport must serve it, at 400 a unit of mass; unbalanced, at tau = 1, lets go."""
