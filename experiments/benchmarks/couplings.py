@@ -154,7 +154,7 @@ def exact_speeds(config: Config, num: int, dim: int) -> dict[str, Any]:
     args = jnp.asarray(x0), jnp.asarray(x1)
 
     def emd() -> np.ndarray:
-        return ot.emd([], [], ot.dist(x0, x1), numItermax=10**9)
+        return np.asarray(ot.emd([], [], ot.dist(x0, x1), numItermax=10**9))
 
     found = interleaved({"fmjax": lambda: pair(*args), "pot": emd}, config.repetitions)
     cost = np.square(np.asarray(pair(*args), np.float64) - x1).sum(1).mean()
@@ -179,7 +179,8 @@ def entropic_speeds(config: Config, num: int = 1024) -> list[dict[str, Any]]:
             # It stops at the Euclidean norm of the error, which is this much smaller.
             limit = 1e-3 / np.sqrt(num)
             cost = ot.dist(np.asarray(x0, np.float64), np.asarray(x1, np.float64))
-            return ot.sinkhorn(a, a, cost, epsilon, stopThr=limit, numItermax=20_000)
+            plan = ot.sinkhorn(a, a, cost, epsilon, stopThr=limit, numItermax=20_000)
+            return np.asarray(plan)
 
         ways = {
             "fmjax": functools.partial(pair, x0, x1),

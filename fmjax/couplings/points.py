@@ -1,11 +1,11 @@
 """Batches as rows of numbers, in a unit in which their squares neither overflow nor vanish."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..types import as_batch, check_same_shape, refuse_explicit_mesh, wider
+from ..types import as_batch, check_same_shape, kind, refuse_explicit_mesh, wider
 
 
 class Points(NamedTuple):
@@ -40,6 +40,19 @@ def as_points(x0: jax.Array, x1: jax.Array) -> Points:
     flat0, flat1 = (jnp.where(finite, x, 0) for x in (flat0, flat1))
     unit = power_of_two(flat0, flat1)  # rounds nothing
     return Points(flat0 / unit, flat1 / unit, unit, finite)
+
+
+def draw_source(source: Any, key: jax.Array, num: int) -> jax.Array:
+    """x0 `[num, *event]` of a `fmjax.Source`, refused if it is none."""
+    sample = getattr(source, "sample", None)
+    if not callable(sample):
+        raise ValueError(
+            f"source must be a Source, such as standard_normal((2,)); got {kind(source)}."
+        )
+    x0 = as_batch("source.sample", sample(key, num))
+    if len(x0) != num:
+        raise ValueError(f"source.sample(key, {num}) must return {num} rows; got {x0.shape}.")
+    return x0
 
 
 def distances(x0: jax.Array, x1: jax.Array) -> jax.Array:

@@ -8,17 +8,18 @@ rows of a bank of noise in one go, and cut into batches. Pool number p takes the
 Source: Zhang et al. 2025, arXiv 2506.05526 (large n).
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from ..types import Coupling, as_batch
+from .points import draw_source
 
 
 def pair_pool(
     key: jax.Array,
     coupling: Coupling,
-    draw_source: Callable[[jax.Array, int], jax.Array],
+    source: Any,
     x1: jax.Array,
     batch_size: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -27,7 +28,7 @@ def pair_pool(
     Args:
       key: random key of this pool.
       coupling: `(key, x0, x1) -> x0`.
-      draw_source: `(key, num) -> x0 [num, *event]`, such as `standard_normal((2,)).sample`.
+      source: the `fmjax.Source` of the noise, `standard_normal((2,))` say.
       x1: data, `[num_batches * batch_size, *event]`, in random order: batches are consecutive
         rows. Labels are cut as x1 is, by `labels.reshape(-1, batch_size)`.
       batch_size: pairs in a batch.
@@ -36,14 +37,14 @@ def pair_pool(
       `(x0, x1)`, each `[num_batches, batch_size, *event]`.
 
     Raises:
-      ValueError: if `batch_size` doesn't divide the pool; as the coupling does.
+      ValueError: if `batch_size` doesn't divide the pool or the source is none; as the coupling
+        does.
 
     Example:
-      >>> from fmjax.couplings import minibatch_ot
-      >>> def normal(key, num):
-      ...     return jax.random.normal(key, (num, 2))
+      >>> from fmjax import minibatch_ot, standard_normal
       >>> key_data, key_pool = jax.random.split(jax.random.key(0))
-      >>> x0, x1 = pair_pool(key_pool, minibatch_ot, normal, normal(key_data, 12), batch_size=4)
+      >>> x1 = 3 + jax.random.normal(key_data, (12, 2))
+      >>> x0, x1 = pair_pool(key_pool, minibatch_ot, standard_normal((2,)), x1, batch_size=4)
       >>> x0.shape
       (3, 4, 2)
     """
@@ -53,6 +54,6 @@ def pair_pool(
             f"batch_size must divide the pool; got {batch_size} for a pool of {len(x1)}."
         )
     key_source, key_pair = jax.random.split(key)
-    x0 = coupling(key_pair, draw_source(key_source, len(x1)), x1)
+    x0 = coupling(key_pair, draw_source(source, key_source, len(x1)), x1)
     batches = (-1, batch_size, *x1.shape[1:])
     return x0.reshape(batches), x1.reshape(batches)

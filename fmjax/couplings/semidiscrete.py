@@ -18,7 +18,6 @@ Source: Genevay et al. 2016, arXiv 1605.08527; Mousavi-Hosseini et al. 2025, arX
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from ..types import as_array, as_batch, at_least_float32, kind
+from .points import draw_source
 
 
 class Assignment(Protocol):
@@ -34,17 +34,10 @@ class Assignment(Protocol):
     def __call__(self, key: jax.Array, x0: jax.Array, /) -> jax.Array: ...
 
 
-class Samples(Protocol):
-    """A source: `sample(key, num) -> x0 [num, *event]`, as `fmjax.Source` has it."""
-
-    @property
-    def sample(self) -> Callable[[jax.Array, int], jax.Array]: ...
-
-
 def semidiscrete_potential(
     key: jax.Array,
     data: jax.Array,
-    source: Samples,
+    source: Any,
     *,
     epsilon: float = 0.0,
     num_steps: int = 2000,
@@ -61,7 +54,7 @@ def semidiscrete_potential(
     Args:
       key: random key.
       data: `[N, *event]`, floating.
-      source: what x0 is drawn from in training too, such as `standard_normal((2,))`.
+      source: the `fmjax.Source` that x0 is drawn from in training too, `standard_normal((2,))` say.
       epsilon: as in `semidiscrete`.
       num_steps: of the ascent; more for more data.
       batch_size: noise drawn in a step.
@@ -175,8 +168,8 @@ def _scores(x0: jax.Array, data: jax.Array) -> jax.Array:
     return 2 * product - jnp.sum(flat1**2, axis=1)[None]
 
 
-def _draw(source: Samples, key: jax.Array, num: int, data: jax.Array) -> jax.Array:
-    return _check_event(as_batch("source.sample", source.sample(key, num)), data).astype(data.dtype)
+def _draw(source: Any, key: jax.Array, num: int, data: jax.Array) -> jax.Array:
+    return _check_event(draw_source(source, key, num), data).astype(data.dtype)
 
 
 def _check_event(x0: jax.Array, data: jax.Array) -> jax.Array:

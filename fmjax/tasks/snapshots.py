@@ -203,8 +203,8 @@ def left_out_figures(snapshots: Snapshots, velocity: fm.Velocity) -> dict[str, A
 
     @jax.jit
     def move(x: jax.Array) -> jax.Array:
-        interval = {"t0": float(ts[k - 1]), "t1": float(ts[k])}
-        return fm.sample(velocity, x, **interval, solver=diffrax.Euler(), num_steps=EULER_STEPS)
+        t0, t1 = float(ts[k - 1]), float(ts[k])
+        return fm.sample(velocity, x, t0=t0, t1=t1, solver=diffrax.Euler(), num_steps=EULER_STEPS)
 
     before, there = snapshots.cells[k - 1], snapshots.cells[k]
     return {

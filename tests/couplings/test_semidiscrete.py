@@ -119,6 +119,13 @@ def test_bad_input_is_refused():
         couplings.semidiscrete(jnp.zeros(3), data)(KEY, jnp.zeros((4, 3)))
     with pytest.raises(ValueError, match="one event shape; got"):
         couplings.semidiscrete_potential(KEY, data, LINE)
+    with pytest.raises(ValueError, match="source must be a Source.*got the function sample"):
+        couplings.semidiscrete_potential(KEY, data, PLANE.sample)
+    with pytest.raises(
+        ValueError, match=r"sample\(key, 1024\) must return 1024 rows; got \(1, 2\)"
+    ):
+        bad = fm.Source(lambda key, num: jnp.zeros((1, 2)), PLANE.log_prob)
+        couplings.semidiscrete_potential(KEY, data, bad)
     with pytest.raises(ValueError, match="at least one row"):
         couplings.semidiscrete_potential(KEY, data[:0], PLANE)
     with pytest.raises(ValueError, match="num_steps must be positive"):
@@ -131,16 +138,14 @@ def test_bad_input_is_refused():
 @pytest.mark.slow
 def test_a_pool_is_paired_in_one_and_cut():
     x1 = jnp.asarray(np.random.default_rng(0).standard_normal((24, 2)), jnp.float32)
-    x0, cut = jit(lambda key, x1: couplings.pair_pool(key, fm.minibatch_ot, PLANE.sample, x1, 6))(
-        KEY, x1
-    )
+    x0, cut = jit(lambda key, x1: couplings.pair_pool(key, fm.minibatch_ot, PLANE, x1, 6))(KEY, x1)
     assert x0.shape == cut.shape == (4, 6, 2)
     np.testing.assert_array_equal(cut.reshape(24, 2), x1)
     flat = x0.reshape(24, 2)
     np.testing.assert_array_equal(fm.minibatch_ot(KEY, flat, x1), flat)  # none is cheaper
-    again = couplings.pair_pool(KEY, fm.minibatch_ot, PLANE.sample, x1, 6)[0]
+    again = couplings.pair_pool(KEY, fm.minibatch_ot, PLANE, x1, 6)[0]
     np.testing.assert_allclose(again, x0, rtol=1e-6)  # the bank is seeded
-    other = couplings.pair_pool(jax.random.fold_in(KEY, 1), fm.minibatch_ot, PLANE.sample, x1, 6)
+    other = couplings.pair_pool(jax.random.fold_in(KEY, 1), fm.minibatch_ot, PLANE, x1, 6)
     assert not np.isin(other[0], x0).any()
 
 
@@ -150,7 +155,7 @@ def test_a_larger_pool_is_nearer_to_the_optimum():
     x1 = LINE.sample(jax.random.key(1), 512)
 
     def cost(batches):
-        x0, cut = couplings.pair_pool(KEY, fm.minibatch_ot, LINE.sample, x1, 32)
+        x0, cut = couplings.pair_pool(KEY, fm.minibatch_ot, LINE, x1, 32)
         if batches:  # each batch by itself
             x0 = jax.vmap(fm.minibatch_ot, (None, 0, 0))(KEY, x0[jnp.arange(16)[::-1]], cut)
         return float(jnp.mean(jnp.square(x0 - cut)))
@@ -161,4 +166,4 @@ def test_a_larger_pool_is_nearer_to_the_optimum():
 @pytest.mark.parametrize("batch_size", [0, 5, -4])
 def test_a_pool_that_is_no_whole_number_of_batches_is_refused(batch_size):
     with pytest.raises(ValueError, match=f"batch_size must divide the pool; got {batch_size}"):
-        couplings.pair_pool(KEY, fm.independent, PLANE.sample, jnp.zeros((24, 2)), batch_size)
+        couplings.pair_pool(KEY, fm.independent, PLANE, jnp.zeros((24, 2)), batch_size)
