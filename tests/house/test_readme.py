@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import toy_report
-from experiments.benchmarks import schedules, uneven
+from experiments.benchmarks import couplings, schedules, single_cell, uneven
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
 
@@ -157,11 +157,18 @@ def test_the_toy_table_is_the_recorded_one():
         ("uneven", uneven.table),
         ("schedules", schedules.table),
         ("compare", report_of_compare.table),
+        ("couplings", couplings.table),
+        ("couplings speed", couplings.speeds),
     ],
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
-    text = table(json.loads((RESULTS / f"{name}.json").read_text()))
+    text = table(json.loads((RESULTS / f"{name.split()[0]}.json").read_text()))
     assert copied(RECORDS, name) == text.split("\n\n")[0].rstrip("\n") + "\n"
+
+
+def test_the_left_out_times_are_the_recorded_ones():
+    record = json.loads((RESULTS / "single_cell.json").read_text())
+    assert copied(EXPERIMENTS, "single cell") == single_cell.table(record) + "\n"
 
 
 def test_the_readmes_speeds_are_rows_of_the_comparison():
