@@ -10,6 +10,15 @@ The derivatives are never written down: `jax.jvp` takes them.
 
 from .affine import AffinePath as AffinePath
 from .affine import sample_path as sample_path
+from .bridges import BridgeFields as BridgeFields
+from .bridges import BridgePath as BridgePath
+from .bridges import BridgeSample as BridgeSample
+from .bridges import bridge_drift as bridge_drift
+from .bridges import bridge_flow as bridge_flow
+from .bridges import bridge_loss as bridge_loss
+from .bridges import bridge_score as bridge_score
+from .bridges import brownian_bridge as brownian_bridge
+from .bridges import sample_bridge as sample_bridge
 from .conversions import score_to_velocity as score_to_velocity
 from .conversions import velocity_to_score as velocity_to_score
 from .conversions import velocity_to_x0 as velocity_to_x0

@@ -83,7 +83,7 @@ def schedule(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
 
     def both(t: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(
-            _coefficient(name, f, t) for name, f in zip(("alpha", "sigma"), path, strict=True)
+            coefficient(name, f, t) for name, f in zip(("alpha", "sigma"), path, strict=True)
         )
 
     (alpha, sigma), (alpha_dot, sigma_dot) = jax.jvp(both, (t,), (jnp.ones_like(t),))
@@ -125,7 +125,8 @@ def as_time(t: Any) -> jax.Array:
     return at_least_float32(t)
 
 
-def _coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
+def coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
+    """A function of time at t, in the shape and dtype of t; a caller's may be a number."""
     value = function(t)
     if isinstance(value, int | float):
         value = jnp.asarray(value, t.dtype)
@@ -142,7 +143,12 @@ def combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array
     return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
 
 
-def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array) -> None:
+def refuse_singular(
+    name: str,
+    t: jax.Array,
+    *coefficients: jax.Array,
+    at_data: str = " cond_ot(sigma_min=1e-4) has no singularity at the data.",
+) -> None:
     """Refuses a concrete t at which a coefficient is infinite or undefined."""
     if not is_concrete(*coefficients):
         return
@@ -150,8 +156,8 @@ def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array) -> None:
         finite = jnp.isfinite(c)
         if not finite.all():
             at = jnp.ravel(t)[jnp.argmin(jnp.ravel(finite))]
-            noise = " cond_ot(sigma_min=1e-4) has no singularity at the data." if at > 0.5 else ""
+            fix = at_data if at > 0.5 else ""
             raise ValueError(
                 f"{name} has no finite value where this path is singular; got t = {at}. Take t "
-                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{noise}"
+                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{fix}"
             )
