@@ -368,7 +368,7 @@ def _refuse_unmatched(t: jax.Array, slope: jax.Array, square: jax.Array) -> None
     if wrong.any():
         at, want, got = (jnp.ravel(a)[jnp.argmax(wrong)] for a in (t, abs(slope), square))
         raise ValueError(
-            f"At an end of a bridge diffusion^2 must be |(gamma^2)'| = {want:.6g}; got {got:.6g} "
+            f"At an end of a bridge diffusion^2 must be |(gamma^2)'| = {want:.4g}; got {got:.4g} "
             f"at t = {at}. Take t inside (0, 1), from 1e-5 to 1 - 1e-5 for instance, or the "
             "diffusion that matches."
         )

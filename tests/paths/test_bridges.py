@@ -319,7 +319,7 @@ def kept(field, covariance, *, begin, end, num_steps):
         k4 = a_of(t + h) @ (k + h * k3)
         return k + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
 
-    ts = begin + h * jnp.arange(num_steps)
+    ts = jnp.asarray(begin + h * np.arange(num_steps))
     return np.asarray(jit(lambda k: jax.lax.scan(step, k, ts)[0])(jnp.asarray(covariance)))
 
 
@@ -484,7 +484,7 @@ def test_wrong_paths_times_and_functions_are_refused():
         lambda p: fm.bridge_drift(p, w, z_hat, lambda t: 1.0),
     ]
     for make in makers:
-        for bad, got in ((leaky, "got 0.1"), (at_one, "and 1.0")):
+        for bad, got in ((leaky, "got 0.1"), (at_one, "got 0.0 and 1.0")):
             with pytest.raises(ValueError, match=f"gamma must be 0 at t = 0 and t = 1; {got}"):
                 make(bad)
         with pytest.raises(ValueError, match=r"which makes one: brownian_bridge\(1.0\)"):
