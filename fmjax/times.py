@@ -83,6 +83,42 @@ def edm_skewed(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-4) -> Tim
     return lambda key, shape: jnp.clip(times(key, shape), t_min, 1.0)
 
 
+def shifted(times: TimeSampler, shift: float) -> TimeSampler:
+    """Times t / (t + shift (1 - t)) of the times t of a sampler: more noise at the same draw.
+
+    On `cond_ot` the ratio sigma / alpha of every time is multiplied by `shift`, so that shifting
+    twice is shifting by the product. Above 1 it moves the times towards the source, as larger
+    images want it. The same shift of a solver's grid is
+    `match_times(AffinePath(lambda t: t, lambda t: shift * (1 - t)), cond_ot(), ts)`.
+
+    Args:
+      times: a time sampler, such as `uniform` or `logit_normal()`.
+      shift: positive and finite; 1 leaves the times as they are.
+
+    Returns:
+      A time sampler `(key, shape) -> t`.
+
+    Raises:
+      ValueError: if `times` can't be called, or `shift` is no finite number or not positive.
+
+    Example:
+      >>> t = shifted(uniform, 3.0)(jax.random.key(0), (128,))
+
+    Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2, with time reversed.
+    """
+    if not callable(times):
+        raise ValueError(f"times must be a sampler (key, shape) -> t; got {kind(times)}.")
+    _check_finite("shift", shift)
+    if is_concrete(shift) and not shift > 0:
+        raise ValueError(f"shift must be positive; got {shift}. 1 shifts nothing.")
+
+    def later(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        t = times(key, shape)
+        return t / (t + shift * (1 - t))
+
+    return later
+
+
 def _check_finite(name: str, value: Any) -> None:
     number = isinstance(value, int | float | np.number)
     if isinstance(value, jax.Array):

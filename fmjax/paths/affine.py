@@ -81,13 +81,16 @@ def schedule(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
     check_path(path)
     t = as_time(t)
 
-    def both(t: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(
-            coefficient(name, f, t) for name, f in zip(("alpha", "sigma"), path, strict=True)
-        )
+    def both(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return weights(path, t)
 
     (alpha, sigma), (alpha_dot, sigma_dot) = jax.jvp(both, (t,), (jnp.ones_like(t),))
     return t, alpha, sigma, alpha_dot, sigma_dot
+
+
+def weights(path: AffinePath, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha and sigma alone, at times that are checked already."""
+    return coefficient("alpha", path.alpha, t), coefficient("sigma", path.sigma, t)
 
 
 def schedule_with_w(path: AffinePath, t: Any) -> tuple[jax.Array, ...]:
@@ -126,7 +129,7 @@ def as_time(t: Any) -> jax.Array:
 
 
 def coefficient(name: str, function: Schedule, t: jax.Array) -> jax.Array:
-    """A function of time at t, in the shape and dtype of t; a caller's may be a number."""
+    """A function of time at t, in the shape and the dtype of t; a number is constant."""
     value = function(t)
     if isinstance(value, int | float):
         value = jnp.asarray(value, t.dtype)
@@ -143,21 +146,23 @@ def combine(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array
     return (a * x.astype(dtype) + b * y.astype(dtype)).astype(x.dtype)
 
 
-def refuse_singular(
-    name: str,
-    t: jax.Array,
-    *coefficients: jax.Array,
-    at_data: str = " cond_ot(sigma_min=1e-4) has no singularity at the data.",
-) -> None:
-    """Refuses a concrete t at which a coefficient is infinite or undefined."""
+def scaled(a: jax.Array, x: jax.Array) -> jax.Array:
+    """a x, with a a function of time, computed in the wider dtype, returned in x's."""
+    dtype = wider(a.dtype, x.dtype)
+    return (broadcast_time(a, x).astype(dtype) * x.astype(dtype)).astype(x.dtype)
+
+
+def refuse_singular(name: str, t: jax.Array, *coefficients: jax.Array, fix: str = "") -> None:
+    """Refuses a concrete t where a coefficient is infinite or undefined; `fix` ends the error."""
     if not is_concrete(*coefficients):
         return
     for c in coefficients:
         finite = jnp.isfinite(c)
         if not finite.all():
             at = jnp.ravel(t)[jnp.argmin(jnp.ravel(finite))]
-            fix = at_data if at > 0.5 else ""
+            if not fix and at > 0.5:
+                fix = "cond_ot(sigma_min=1e-4) has no singularity at the data."
             raise ValueError(
                 f"{name} has no finite value where this path is singular; got t = {at}. Take t "
-                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{fix}"
+                f"inside (0, 1), from 1e-5 to 1 - 1e-5 for instance.{' ' * bool(fix)}{fix}"
             )

@@ -59,6 +59,9 @@ NEAREST = 1e-5
 """How near to t = 0 and t = 1 a drift is evaluated."""
 
 
+FIX = "The equation of bridge_drift is solved from end to end."
+
+
 class BridgePath(NamedTuple):
     """The path x_t = alpha(t) x1 + sigma(t) x0 + gamma(t) z; three functions of one's own make one.
 
@@ -230,7 +233,7 @@ def bridge_flow(path: BridgePath, w: Velocity, z_hat: Velocity) -> Velocity:
         x = as_batch("x", x)
         t, _, gamma_dot = _noise(path, t)
         broadcast_time(t, x)
-        refuse_singular("bridge_flow", t, gamma_dot, at_data="")
+        refuse_singular("bridge_flow", t, gamma_dot, fix=FIX)
         return _sum((jnp.ones_like(t), w(t, x)), (gamma_dot, z_hat(t, x))).astype(x.dtype)
 
     return velocity
@@ -258,7 +261,7 @@ def bridge_score(path: BridgePath, z_hat: Velocity) -> Velocity:
         x = as_batch("x", x)
         t, gamma, _ = _noise(path, t)
         broadcast_time(t, x)
-        refuse_singular("bridge_score", t, 1 / gamma, at_data="")
+        refuse_singular("bridge_score", t, 1 / gamma, fix=FIX)
         return _sum((-1 / gamma, z_hat(t, x))).astype(x.dtype)
 
     return score

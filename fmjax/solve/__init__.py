@@ -21,3 +21,4 @@ from .likelihood import sample_and_log_prob as sample_and_log_prob
 from .ode import Trajectory as Trajectory
 from .ode import integrate as integrate
 from .ode import sample as sample
+from .sde import sample_sde as sample_sde
