@@ -35,6 +35,7 @@ from entropic pairs); Shi et al. 2023, arXiv 2303.16852 (iterative Markovian fit
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -271,7 +272,7 @@ def bridge_drift(
     path: BridgePath,
     w: Velocity,
     z_hat: Velocity,
-    diffusion: Schedule,
+    diffusion: Callable[[jax.Array], Any],
     *,
     reverse: bool = False,
 ) -> Velocity:
