@@ -29,7 +29,6 @@ import fmjax as fm
 from experiments import toy_data
 from fmjax import harness, models, training
 from fmjax.tasks import bridges, points
-from fmjax.types import broadcast_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def make_task(config: Config) -> harness.Task:
         labels = jnp.broadcast_to(backwards, x.shape[:1])
         both: Any = model.apply(params, t, jnp.tile(x, 2), labels)
         w, r = jnp.split(both, 2, axis=1)
-        return w, broadcast_time(path.gamma(t), x) * r
+        return w, path.gamma(t).reshape(-1, 1) * r
 
     def drift(params: Any, backwards: bool) -> fm.Velocity:
         both = functools.partial(fields, params, jnp.array(int(backwards)))

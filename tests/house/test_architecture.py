@@ -51,6 +51,7 @@ ARROWS = {
         "evaluation",
         "harness",
         "inference",
+        "metrics",
         "models",
         "plotting",
         "training",

@@ -379,19 +379,6 @@ def test_the_flow_between_other_times_costs_their_distance(x64):
     np.testing.assert_allclose(np.log10(np.array(errors[:-1]) / errors[1:]), 1, atol=0.02)
 
 
-def euler(key, drift, diffusion, x0, *, t0, t1, num_steps):
-    """Euler and Maruyama's method, plainly."""
-    h = (t1 - t0) / num_steps
-
-    def step(x, given):
-        n, key = given
-        t = jnp.asarray(t0, x.dtype) + n.astype(x.dtype) * jnp.asarray(h, x.dtype)
-        noise = jnp.asarray(diffusion(t) * np.sqrt(abs(h)), x.dtype)
-        return x + h * drift(t, x) + noise * jax.random.normal(key, x.shape, x.dtype), None
-
-    return jax.lax.scan(step, x0, (jnp.arange(num_steps), jax.random.split(key, num_steps)))[0]
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_samples_of_the_schroedinger_bridge(reverse):
     """End to end in 50 steps, against the exact moments of those very steps."""
@@ -403,7 +390,7 @@ def test_samples_of_the_schroedinger_bridge(reverse):
     begin = x1 if reverse else x0
     with jax.numpy_dtype_promotion("standard"):
         end = jit(
-            lambda x: euler(
+            lambda x: fm.sample_sde(
                 jax.random.key(2),
                 drift,
                 lambda t: bridge.sigma,
