@@ -18,17 +18,15 @@ Schroedinger bridge has Cov(x0_i, x1_i) = (sqrt(4 + sigma^4) - sigma^2) / 2 = 0.
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import fmjax as fm
 from experiments import toy_data
-from fmjax import harness, models, training
-from fmjax.tasks import bridges, points
+from fmjax import harness, training
+from fmjax.tasks import bridges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +48,7 @@ class Config(bridges.BridgeConfig):
     steps_per_dispatch: int = 20
 
 
-def gaussians(config: Config) -> bridges.Ends:
-    rng, shift, sigma = np.random.default_rng(config.seed), 0.1, config.sigma
-    num, held_out = config.num_train, config.eval_examples
-    x = rng.standard_normal((2, num + held_out, config.dim)) + [[[-shift]], [[shift]]]
-    both = math.sqrt(4 + sigma**4)
-
-    def moments(t: float) -> tuple[np.ndarray, np.ndarray]:
-        variance = (1 - t) ** 2 + t**2 + t * (1 - t) * both
-        return np.full(config.dim, (2 * t - 1) * shift), variance * np.eye(config.dim)
-
-    x = x.astype(np.float32)
-    exact = (both - sigma**2) / 2
-    return bridges.Ends(x[0, :num], x[1, :num], x[:, num:], exact, moments)
-
-
-def moons_to_ring(config: Config) -> bridges.Ends:
+def plane(config: Config) -> bridges.Ends:
     """The pair of `experiments.toy_table`, four times smaller: eight Gaussians on a radius of 3."""
     train, held_out = toy_data.split(
         config.pair, config.seed, config.num_train, config.eval_examples
@@ -74,29 +57,13 @@ def moons_to_ring(config: Config) -> bridges.Ends:
 
 
 def make_task(config: Config) -> harness.Task:
-    bridges.check(config)
-    ends = gaussians(config) if config.pair == "gaussians" else moons_to_ring(config)
-    path, model = fm.brownian_bridge(config.sigma), models.MLP(config.model.features, num_classes=2)
-
-    def fields(params: Any, backwards: jax.Array, t: jax.Array, x: jax.Array) -> Any:
-        """w and z_hat of one direction; gamma times an output vanishes at both ends as z_hat does.
-
-        Twice the channels in, since the MLP gives as many as it gets.
-        """
-        labels = jnp.broadcast_to(backwards, x.shape[:1])
-        both: Any = model.apply(params, t, jnp.tile(x, 2), labels)
-        w, r = jnp.split(both, 2, axis=1)
-        return w, path.gamma(t).reshape(-1, 1) * r
-
-    def drift(params: Any, backwards: bool) -> fm.Velocity:
-        both = functools.partial(fields, params, jnp.array(int(backwards)))
-        w, z_hat = (lambda t, x: both(t, x)[0]), (lambda t, x: both(t, x)[1])
-        return fm.bridge_drift(path, w, z_hat, lambda t: config.sigma, reverse=backwards)
+    ends = bridges.gaussians(config, config.dim) if config.pair == "gaussians" else plane(config)
+    network, path = bridges.make_network(config), fm.brownian_bridge(config.sigma)
 
     def solve(params: Any, key: jax.Array, x: jax.Array, backwards: bool) -> jax.Array:
         t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
         return fm.sample_sde(
-            key, drift(params, backwards), lambda t: config.sigma, x,
+            key, network.drift(params, backwards), lambda t: config.sigma, x,
             t0=t0, t1=t1, num_steps=config.bridge_steps,
         )  # fmt: skip
 
@@ -117,29 +84,20 @@ def make_task(config: Config) -> harness.Task:
 
     def mean_loss(params: Any, key: jax.Array, drawn: Any) -> jax.Array:
         sample, labels = drawn
-        return jnp.mean(fm.bridge_loss(functools.partial(fields, params, labels), sample))
+        return jnp.mean(fm.bridge_loss(functools.partial(network.fields, params, labels), sample))
 
     tx = harness.adam(config)
     train_step = training.make_train_step(mean_loss, tx, ema_decay=config.ema_decay)
 
     def init(key: jax.Array) -> training.TrainState:
-        x = jnp.zeros((1, 2 * ends.x0.shape[1]))
-        return training.init_train_state(model.init(key, jnp.zeros(()), x), tx)
+        return training.init_train_state(network.init(key, ends.x0.shape[1]), tx)
 
     def step(state: training.TrainState, key: jax.Array, batch: Any) -> Any:
         key_draw, key_step = jax.random.split(key)
         drawn = draw(state, jax.random.fold_in(key_draw, state.step), batch)
         return train_step(state, key_step, drawn)
 
-    return harness.Task(
-        num_examples=config.num_train,
-        batch=lambda rows: (ends.x0[rows], ends.x1[rows]),
-        init=init,
-        step=step,
-        velocity=lambda params, condition: drift(params, False),
-        finish=functools.partial(bridges.finish, ends, drift),
-        data=lambda: points.describe(np.concatenate([ends.x0, ends.x1])),
-    )
+    return bridges.make_task(ends, network, init, step)
 
 
 if __name__ == "__main__":
