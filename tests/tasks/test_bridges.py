@@ -18,10 +18,9 @@ from fmjax.tasks.points import MLPConfig
 
 def config(workdir=None, **kwargs):
     small = dict(num_train=2000, eval_examples=200, checkpoint_every=10, log_every=10)
-    small |= dict(
-        num_devices=1, model=MLPConfig(features=(16,)), num_steps=40, first_steps=10, batch_size=16
-    )
-    return experiment.Config(workdir=workdir, **small | {"steps_per_dispatch": 10} | kwargs)
+    small |= dict(num_steps=40, first_steps=10, batch_size=16, steps_per_dispatch=10)
+    small |= dict(num_devices=1, model=MLPConfig(features=(16,)))
+    return experiment.Config(workdir=workdir, **small | kwargs)
 
 
 def test_the_divergence_of_two_normal_distributions():
