@@ -386,6 +386,10 @@ def test_samples_of_the_schroedinger_bridge(reverse):
     drift = drift_of(bridge, reverse=reverse)
     ends = (1.0, 0.0) if reverse else (0.0, 1.0)
     h, sign = 1 / num_steps, -1 if reverse else 1
+    with jax.enable_x64(True):
+        # Arrays of its own: JAX keeps what it made of a NumPy constant, in the precision it had.
+        a_of = jit(matrix_of(drift_of(gaussian_bridge(0.8), reverse=reverse), 2))
+        steps = [np.asarray(a_of(ends[0] + sign * n * h)) for n in range(num_steps)]
     x0, x1 = bridge.sample_pairs(np.random.default_rng(1), num).astype(np.float32)
     begin = x1 if reverse else x0
     with jax.numpy_dtype_promotion("standard"):
@@ -400,9 +404,6 @@ def test_samples_of_the_schroedinger_bridge(reverse):
                 num_steps=num_steps,
             )  # fmt: skip
         )(jnp.asarray(begin))
-    with jax.enable_x64(True):
-        a_of = jit(matrix_of(drift, 2))
-        steps = [np.asarray(a_of(ends[0] + sign * n * h)) for n in range(num_steps)]
     cov = k = bridge.cov1 if reverse else bridge.cov0
     for a in steps:
         move = np.eye(2) + sign * h * a
