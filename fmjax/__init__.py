@@ -1,7 +1,9 @@
 """fmjax: flow matching in JAX as pure functions. Time runs from noise (t = 0) to data (t = 1)."""
 
+from .couplings import conditional_ot as conditional_ot
 from .couplings import independent as independent
 from .couplings import minibatch_ot as minibatch_ot
+from .couplings import sinkhorn as sinkhorn
 from .guidance import autoguidance as autoguidance
 from .guidance import batched_guidance as batched_guidance
 from .guidance import classifier_free_guidance as classifier_free_guidance
@@ -63,6 +65,8 @@ from .times import shifted as shifted
 from .times import uniform as uniform
 from .types import Coupling as Coupling
 from .types import Divergence as Divergence
+from .types import Pairing as Pairing
+from .types import Pairs as Pairs
 from .types import PathSample as PathSample
 from .types import SourceLogProb as SourceLogProb
 from .types import TimeSampler as TimeSampler

@@ -49,6 +49,27 @@ class Coupling(Protocol):
     def __call__(self, key: jax.Array, x0: jax.Array, x1: jax.Array, /) -> jax.Array: ...
 
 
+class Pairs(NamedTuple):
+    """Who is paired with whom: x0[rows0[k]] with x1[rows1[k]].
+
+    Attributes:
+      rows0: rows of the source, `[num]`, int32; any may come several times or not at all.
+      rows1: rows of the data, `[num]`, int32, likewise.
+    """
+
+    rows0: jax.Array
+    rows1: jax.Array
+
+
+class Pairing(Protocol):
+    """`pairing(key, x0, x1) -> Pairs`: pairs that are no permutation of `x0`.
+
+    `x0` is `[n, *event]` and `x1` `[m, *event]`; labels of `x1` are taken at `rows1` too.
+    """
+
+    def __call__(self, key: jax.Array, x0: jax.Array, x1: jax.Array, /) -> Pairs: ...
+
+
 class TimeSampler(Protocol):
     """`times(key, shape) -> t`: training times in [0, 1]."""
 

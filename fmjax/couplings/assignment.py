@@ -29,6 +29,7 @@ import optax
 from jax.experimental.buffer_callback import buffer_callback
 
 from ..types import as_array, at_least_float32, is_concrete, refuse_explicit_mesh
+from .points import power_of_two
 
 TEMPERATURES = (0.2, 0.05, 0.0125)  # in units of `_spread`
 ROUNDS = 10  # of Sinkhorn's, at each temperature
@@ -273,11 +274,3 @@ def solve_on_device(cost: jax.Array) -> jax.Array:
     last = 2 * len(cost) * (1 + jnp.max(jnp.where(forbidden, 0, jnp.abs(cost))))
     rows, columns = optax.assignment.hungarian_algorithm(jnp.where(forbidden, last, cost))
     return jnp.zeros_like(rows).at[columns].set(rows).astype(jnp.int32)
-
-
-def power_of_two(*arrays: jax.Array) -> jax.Array:
-    """The power of two that divides the largest absolute value into [1, 2); NaN if not finite."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in arrays]))
-    mantissa, _ = jnp.frexp(largest)
-    power = jnp.where(largest > 0, largest / (2 * mantissa), 1)
-    return jnp.where(jnp.isfinite(largest), power, jnp.nan)

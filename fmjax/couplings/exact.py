@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..types import as_array, as_batch, check_same_shape, refuse_explicit_mesh, wider
+from ..types import as_array, check_same_shape
 from .assignment import (
     are_small,
     call_on_host,
     potentials,
-    power_of_two,
     solve,
     solve_by_bounds,
     solve_on_device,
 )
+from .points import as_pair, as_points, distances
 
 DIRECT = 16  # numbers per event, up to which all differences are taken
 MARGIN = 4  # distances up to so many times the rounding are measured at first
@@ -95,25 +95,23 @@ def minibatch_ot(key: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     Source: arXiv 2302.00482, section 3.3.2; the solver is `fmjax.couplings.assignment`'s.
     """
     del key
-    x0, x1 = as_batch("x0", x0), as_batch("x1", x1)
-    check_same_shape("x0 and x1", x0, x1)
-    refuse_explicit_mesh("x0", x0)
+    x0, x1 = as_pair(x0, x1)
     if not x0.size:
         return x0
-    dtype = wider(wider(x0.dtype, x1.dtype), jnp.float32)
-    flat0, flat1 = (jax.lax.stop_gradient(x).reshape(len(x), -1).astype(dtype) for x in (x0, x1))
-    finite = jnp.all(jnp.isfinite(flat0)) & jnp.all(jnp.isfinite(flat1))
-    flat0, flat1 = (jnp.where(finite, x, 0) for x in (flat0, flat1))
-    # Squares of huge numbers overflow, those of tiny ones vanish; a power of two rounds nothing.
-    unit = power_of_two(flat0, flat1)
-    flat0, flat1 = flat0 / unit, flat1 / unit
-    rows = jax.lax.platform_dependent(flat0, flat1, cpu=_on_host, default=_on_device)
+    rows, finite = optimal_rows(x0, x1)
     return jnp.where(finite, x0[rows], jnp.nan)
+
+
+def optimal_rows(x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The row of x0 for each of x1, `[batch]`, and whether all numbers were finite, `[]`."""
+    points = as_points(x0, x1)
+    rows = jax.lax.platform_dependent(points.x0, points.x1, cpu=_on_host, default=_on_device)
+    return rows, points.finite
 
 
 def _on_host(x0: jax.Array, x1: jax.Array) -> jax.Array:
     if x0.shape[1] <= DIRECT:
-        cost = _distances(x0.astype(jnp.float32), x1.astype(jnp.float32))
+        cost = distances(x0.astype(jnp.float32), x1.astype(jnp.float32))
         return call_on_host(_rows_by_differences, x0, x1, *potentials(cost))
     # The middle one of three points: an origin near the data, that an outlier doesn't move.
     a, b, c = x0[0], x0[-1], x1[len(x1) // 2]
@@ -182,13 +180,4 @@ def _differences(
 
 
 def _on_device(x0: jax.Array, x1: jax.Array) -> jax.Array:
-    return solve_on_device(_distances(x0, x1))
-
-
-def _distances(x0: jax.Array, x1: jax.Array) -> jax.Array:
-    """|x0[i] - x1[j]|^2, `[n, n]`, by differences: a turn is one pass over x1."""
-
-    def costs(a: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(a[None] - x1), axis=1)
-
-    return jax.lax.map(costs, x0)
+    return solve_on_device(distances(x0, x1))

@@ -12,10 +12,12 @@ from .frechet import frechet_estimate as frechet_estimate
 from .frechet import merge as merge
 from .frechet import moments as moments
 from .kernel import Kernel as Kernel
+from .kernel import energy_distance as energy_distance
 from .kernel import gaussian_kernel as gaussian_kernel
 from .kernel import kernel_distance as kernel_distance
 from .kernel import polynomial_kernel as polynomial_kernel
 from .kernel import squared_mmd as squared_mmd
 from .scores import class_accuracy as class_accuracy
 from .scores import inception_score as inception_score
+from .transport import wasserstein1 as wasserstein1
 from .transport import wasserstein2 as wasserstein2

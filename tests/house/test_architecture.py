@@ -82,6 +82,7 @@ EXPERIMENTS = {
     },
 }
 HEAVY = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "ott")
+LATE = {"fmjax.couplings.plans": {"ott"}}  # inside a function, where it is used
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for top in ("fmjax", "experiments")
@@ -168,7 +169,7 @@ def test_the_core_loads_nothing_heavy():
     for module in MODULES:
         if room(module) in CORE | {"fmjax"}:
             roots = {name.split(".")[0] for name in imports(module)}
-            assert not roots & {*HEAVY, "PIL", "sklearn"}, module
+            assert not roots & ({*HEAVY, "PIL", "sklearn"} - LATE.get(module, set())), module
     code = f"import sys, fmjax; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -1,10 +1,12 @@
-"""Kernel distances, the Inception score and the 2-Wasserstein distance, against closed forms."""
+"""Kernel distances, the Inception score and Wasserstein distances, against closed forms."""
 
 import itertools
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize, spatial, stats
 
 from fmjax import metrics
 
@@ -237,12 +239,63 @@ def test_wasserstein2_of_a_linear_map():
     np.testing.assert_allclose(metrics.frechet_distance(a, b), want**2, rtol=1e-9)
 
 
+def test_wasserstein1_closed_forms():
+    x, shift = rng().normal(size=(60, 3)), np.array([3.0, -4.0, 12.0])
+    for y in (x, np.repeat(x, 2, axis=0)):  # as many points, and twice as many
+        moved = (y + shift)[rng(1).permutation(len(y))]
+        np.testing.assert_allclose(metrics.wasserstein1(x, moved), 13.0, rtol=1e-9)
+        np.testing.assert_allclose(metrics.wasserstein1(moved, x), 13.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("num", [40, 57])
+def test_wasserstein1_on_the_line_is_the_area_between_the_distribution_functions(num):
+    x, y = rng(2).normal(size=(40, 1)), rng(3).exponential(size=(num, 1))
+    want = stats.wasserstein_distance(x[:, 0], y[:, 0])
+    np.testing.assert_allclose(metrics.wasserstein1(x, y), want, rtol=1e-9)
+
+
+def test_wasserstein1_is_the_linear_programs_and_no_rectangular_assignment():
+    """SciPy's assignment of 7 points to 11 leaves four where they are, and reads lower."""
+    x, y = rng(4).normal(size=(7, 2)), rng(5).normal(size=(11, 2)) + 1
+    cost = spatial.distance.cdist(x, y)
+    rows, columns = np.divmod(np.arange(77), 11)
+    marginals = [rows == np.arange(7)[:, None], columns == np.arange(11)[:, None]]
+    masses = np.repeat([1 / 7, 1 / 11], [7, 11])
+    want = optimize.linprog(cost.ravel(), A_eq=np.concatenate(marginals), b_eq=masses).fun
+    np.testing.assert_allclose(metrics.wasserstein1(x, y), want, rtol=1e-9)
+    assert cost[optimize.linear_sum_assignment(cost)].mean() < 0.8 * want
+
+
+def test_without_pot_equal_sizes_are_measured_and_others_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    assert metrics.wasserstein1([[0.0], [3.0]], [[1.0], [2.0]]) == 1
+    with pytest.raises(ValueError, match=r"got shapes \(2, 1\) and \(1, 1\).*'fmjax\[ot\]'"):
+        metrics.wasserstein1([[0.0], [3.0]], [[1.0]])
+
+
+def test_energy_distance_is_the_formulas_and_sees_a_variance():
+    """Of N(0, 1) and N(0, s^2): (2 / sqrt(pi)) (sqrt(2 (1 + s^2)) - 1 - s)."""
+    x, y = rng(6).normal(size=(500, 1)), 3 * rng(7).normal(size=(800, 1))
+    between, within = spatial.distance.cdist(x, y).mean(), 0.0
+    for z in (x, y):
+        within += spatial.distance.cdist(z, z).sum() / (len(z) * (len(z) - 1))
+    got = metrics.energy_distance(x, y)
+    np.testing.assert_allclose(got.value, 2 * between - within, rtol=1e-9)
+    other = metrics.energy_distance(y, x).standard_error  # that of y
+    want = 2 / np.sqrt(np.pi) * (np.sqrt(20) - 4)
+    assert abs(got.value - want) < 4 * np.hypot(got.standard_error, other) < 0.25
+    same = metrics.energy_distance(x, rng(8).normal(size=(800, 1)))
+    assert abs(same.value) < 4 * same.standard_error < 0.1
+
+
 def test_bad_input_is_refused():
     x, y, nan = np.zeros((4, 2)), np.zeros((4, 3)), np.full((4, 2), np.nan)
     for call in (
         lambda a, b: metrics.squared_mmd(a, b, CUBIC),
         metrics.kernel_distance,
+        metrics.wasserstein1,
         metrics.wasserstein2,
+        metrics.energy_distance,
     ):
         with pytest.raises(ValueError, match=r"got shapes \(4, 2\) and \(4, 3\)"):
             call(x, y)
