@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..types import (
     PathSample,
@@ -120,11 +121,13 @@ def as_time(t: Any) -> jax.Array:
     t = as_array("t", t)
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = as_floating("t", t) if jnp.iscomplexobj(t) else t.astype(jnp.float32)
-    if is_concrete(t) and t.size and not (t.min() >= -_SLACK and t.max() <= 1 + _SLACK):
-        raise ValueError(
-            f"t must be in [0, 1], 0 at the source and 1 at the data; got times from {t.min()} to "
-            f"{t.max()}. Steps of 0..N need t / N."
-        )
+    if is_concrete(t) and t.size:
+        known = np.asarray(t)  # JAX's own minimum of it is traced under jit
+        if not (known.min() >= -_SLACK and known.max() <= 1 + _SLACK):
+            raise ValueError(
+                "t must be in [0, 1], 0 at the source and 1 at the data; got times from "
+                f"{known.min()} to {known.max()}. Steps of 0..N need t / N."
+            )
     return at_least_float32(t)
 
 

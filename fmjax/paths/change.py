@@ -23,6 +23,7 @@ ratio, which is infinite at the data).
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +146,16 @@ def _search(ahead: Schedule, start: jax.Array) -> jax.Array:
     """Where a growing function changes its sign in [0, 1], to the last bit; else the nearer end."""
     weight = jnp.linspace(0, 1, SECTIONS + 1, dtype=start.dtype)
     weight = weight.reshape(-1, *(1,) * start.ndim)
-    low, high = start, jnp.ones_like(start)
-    for _ in range(math.ceil((jnp.finfo(start.dtype).nmant + 1) / math.log2(SECTIONS))):
+
+    def narrow(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
         points = low[None] * (1 - weight) + high[None] * weight  # ends on low and high exactly
         before = jax.vmap(ahead)(points) < 0
-        low, high = (
-            jnp.max(jnp.where(before, points, low[None]), axis=0),
-            jnp.min(jnp.where(before, high[None], points), axis=0),
-        )
+        low = jnp.max(jnp.where(before, points, low[None]), axis=0)
+        return low, jnp.min(jnp.where(before, high[None], points), axis=0)
+
+    rounds = math.ceil((jnp.finfo(start.dtype).nmant + 1) / math.log2(SECTIONS))
+    low, high = jax.lax.fori_loop(0, rounds, narrow, (start, jnp.ones_like(start)))
     at_low, at_high = ahead(low), ahead(high)
     differ = at_high > at_low
     share = -at_low / jnp.where(differ, at_high - at_low, 1)

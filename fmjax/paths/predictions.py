@@ -21,9 +21,10 @@ Sources: Ho et al. 2020, arXiv 2006.11239 (noise prediction); Li and He 2025, ar
 (prediction of x1 with a floor); Karras et al. 2022, arXiv 2206.00364 (preconditioning).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ from .conversions import convert
 Predictor = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class PredictedVelocity(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # a tuple can't be given to jax.jit as a function
+class PredictedVelocity:
     """The velocity u = alpha' x1 + sigma' x0 of predictions x1 and x0, which it keeps.
 
     It is a `Velocity`, called as `(t, x) -> u`. `change_path` takes its predictions instead of u,

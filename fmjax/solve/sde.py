@@ -26,7 +26,7 @@ from .watch import Watched, check_object
 
 EULER = diffrax.Euler()
 SDE_SOLVERS = (diffrax.AbstractItoSolver, diffrax.AbstractStratonovichSolver)
-# Three are for underdamped Langevin systems; Milstein's is Euler's here, by matrices [batch, batch].
+# Three are for underdamped Langevin systems; Milstein's are Euler's here, with [batch, batch].
 UNFIT = (
     diffrax.ALIGN,
     diffrax.QUICSORT,
