@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fmjax as fm
 from experiments import toy_data
@@ -49,11 +50,10 @@ class Config(bridges.BridgeConfig):
 
 
 def plane(config: Config) -> bridges.Ends:
-    """The pair of `experiments.toy_table`, four times smaller: eight Gaussians on a radius of 3."""
-    train, held_out = toy_data.split(
-        config.pair, config.seed, config.num_train, config.eval_examples
-    )
-    return bridges.Ends(train[0] / 4, train[1] / 4, held_out / 4)
+    """The pair of `experiments.toy_table`, smaller: a ring of radius 3, the moons within."""
+    num, held_out = config.num_train, config.eval_examples
+    train, held_out = toy_data.split(config.pair, config.seed, num, held_out)
+    return bridges.Ends(train[0] / 8, train[1] / 4, held_out / np.array([[[8]], [[4]]], np.float32))
 
 
 def make_task(config: Config) -> harness.Task:
