@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import toy_report
-from experiments.benchmarks import uneven
+from experiments.benchmarks import bridges_table, uneven
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
 
@@ -152,7 +152,12 @@ def test_the_toy_table_is_the_recorded_one():
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("uneven", uneven.table), ("compare", report_of_compare.table)]
+    ("name", "table"),
+    [
+        ("uneven", uneven.table),
+        ("compare", report_of_compare.table),
+        ("bridges", bridges_table.table),
+    ],
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
     text = table(json.loads((RESULTS / f"{name}.json").read_text()))
