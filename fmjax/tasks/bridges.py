@@ -178,7 +178,7 @@ def finish(
         smooth = solve_flow(network, trained.params, begin)
         if cluster.is_main():
             path = folder / "samples" / f"step_{trained.step:08d}.png"
-            plotting.save(path, plotting.ways({"SDE": noisy, "ODE": smooth}, num_lines=90))
+            plotting.save(path, plotting.ways({"SDE": noisy, "ODE": smooth}, num_lines=60))
             figures["samples"] = str(path.relative_to(folder))
     return figures | {"sampler": f"Euler, {config.eval_steps} steps; EMA parameters"}
 
@@ -222,12 +222,17 @@ def measure(ends: Ends, x: np.ndarray, *, arrives: int) -> dict[str, Any]:
       ends: both ends.
       x: states from t = 0 to t = 1, `[NUM_TIMES, num, dim]`.
       arrives: the index of the state that the solve ended with, 0 or -1.
+
+    Returns:
+      Figures as JSON holds them. The floor of the 2-Wasserstein distance to held-out points, in
+      the plane, is that of as many other held-out points; `cost` is the mean of |x1 - x0|^2.
     """
     held_out, num, dim = ends.held_out[arrives], *x.shape[1:]
     figures: dict[str, Any] = {}
     if dim == 2:
-        few = slice(min(num, MOST_ASSIGNED))
-        figures["wasserstein2"] = wasserstein2(x[arrives][few], held_out[few])
+        few = min(num // 2, MOST_ASSIGNED)
+        figures["wasserstein2"] = wasserstein2(x[arrives][:few], held_out[:few])
+        figures["wasserstein2_floor"] = wasserstein2(held_out[few : 2 * few], held_out[:few])
         figures["cost"] = float(((x[-1] - x[0]) ** 2).sum(1).mean())
     centred = x - x.mean(1, keepdims=True)
     products = (centred[0] * centred[-1]).mean(1)
