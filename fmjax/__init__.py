@@ -11,9 +11,17 @@ from .guidance import drop_labels as drop_labels
 from .guidance import guidance_interval as guidance_interval
 from .losses import cfm_loss as cfm_loss
 from .paths import AffinePath as AffinePath
+from .paths import BridgeFields as BridgeFields
+from .paths import BridgePath as BridgePath
+from .paths import BridgeSample as BridgeSample
 from .paths import PredictedVelocity as PredictedVelocity
 from .paths import ancestral_diffusion as ancestral_diffusion
 from .paths import ancestral_drift as ancestral_drift
+from .paths import bridge_drift as bridge_drift
+from .paths import bridge_flow as bridge_flow
+from .paths import bridge_loss as bridge_loss
+from .paths import bridge_score as bridge_score
+from .paths import brownian_bridge as brownian_bridge
 from .paths import change_path as change_path
 from .paths import cond_ot as cond_ot
 from .paths import cosine as cosine
@@ -27,6 +35,7 @@ from .paths import match_scales as match_scales
 from .paths import match_times as match_times
 from .paths import polynomial as polynomial
 from .paths import precondition as precondition
+from .paths import sample_bridge as sample_bridge
 from .paths import sample_path as sample_path
 from .paths import score_to_velocity as score_to_velocity
 from .paths import velocity_to_score as velocity_to_score

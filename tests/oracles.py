@@ -147,3 +147,78 @@ def whitened_normal(num: int, dim: int) -> np.ndarray:
     x -= x.mean(0)
     x = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / num)).T
     return x.astype(np.float32)
+
+
+class GaussianBridge(NamedTuple):
+    """Jointly normal (x0, x1) on `brownian_bridge(sigma)`, every expectation written out.
+
+    x_t is normal with mean (1 - t) m0 + t m1 and, where C = Cov(x0, x1), the covariance
+    S_t = (1 - t)^2 S0 + t^2 S1 + t (1 - t) (C + C' + sigma^2 I).
+
+    Attributes:
+      mean0, mean1: `[dim]`.
+      cov0, cov1: `[dim, dim]`.
+      cross: C, `[dim, dim]`; `schroedinger_covariance` for the Schroedinger bridge.
+      sigma: of the reference process.
+    """
+
+    mean0: np.ndarray
+    cov0: np.ndarray
+    mean1: np.ndarray
+    cov1: np.ndarray
+    cross: np.ndarray
+    sigma: float
+
+    def mean(self, t):
+        return (1 - t) * self.mean0 + t * self.mean1
+
+    def cov(self, t):
+        noise = self.sigma**2 * np.eye(len(self.mean0))
+        both = self.cross + self.cross.T + noise
+        return (1 - t) ** 2 * self.cov0 + t**2 * self.cov1 + t * (1 - t) * both
+
+    def cov_dot(self, t):
+        both = self.cross + self.cross.T + self.sigma**2 * np.eye(len(self.mean0))
+        return -2 * (1 - t) * self.cov0 + 2 * t * self.cov1 + (1 - 2 * t) * both
+
+    def w(self, t, x):
+        """E[x1 - x0 | x_t = x] at one time for all."""
+        with_x_t = (1 - t) * (self.cross.T - self.cov0) + t * (self.cov1 - self.cross)
+        return ((self.mean1 - self.mean0)[None] + self._whitened(t, x) @ with_x_t.T).astype(x.dtype)
+
+    def z_hat(self, t, x):
+        """E[z | x_t = x] at one time for all."""
+        return (self.sigma * jnp.sqrt(t * (1 - t)) * self._whitened(t, x)).astype(x.dtype)
+
+    def _whitened(self, t, x):
+        return jnp.linalg.solve(self.cov(t), (x - self.mean(t)[None]).T).T
+
+    def sample_pairs(self, rng, num):
+        """`[2, num, dim]`."""
+        cov = np.block([[self.cov0, self.cross], [self.cross.T, self.cov1]])
+        mean = np.concatenate([self.mean0, self.mean1])
+        return np.stack(np.split(rng.multivariate_normal(mean, cov, num), 2, axis=1))
+
+
+def schroedinger_covariance(cov0: np.ndarray, cov1: np.ndarray, sigma: float) -> np.ndarray:
+    """Cov(x0, x1) of the Schroedinger bridge of sigma dB between two normal distributions.
+
+    C = (S0^1/2 D S0^-1/2 - sigma^2 I) / 2,   D = (4 S0^1/2 S1 S0^1/2 + sigma^4 I)^1/2.
+
+    Source: Bunne et al. 2022, arXiv 2202.05722, theorem 3.
+    """
+
+    def root(a):
+        values, vectors = np.linalg.eigh(a)
+        return (vectors * np.sqrt(values)) @ vectors.T
+
+    half, eye = root(cov0), np.eye(len(cov0))
+    d = root(4 * half @ cov1 @ half + sigma**4 * eye)
+    return 0.5 * (half @ d @ np.linalg.inv(half) - sigma**2 * eye)
+
+
+def gaussian_bridge(sigma: float, *, independent: bool = False) -> GaussianBridge:
+    """Two normal distributions in the plane, no axes of theirs parallel."""
+    cov0, cov1 = np.array([[1.0, 0.4], [0.4, 0.6]]), np.array([[0.5, -0.3], [-0.3, 1.5]])
+    cross = np.zeros((2, 2)) if independent else schroedinger_covariance(cov0, cov1, sigma)
+    return GaussianBridge(np.array([-0.3, 0.1]), cov0, np.array([0.8, -0.4]), cov1, cross, sigma)

@@ -5,13 +5,23 @@ A path is two functions of time, alpha and sigma:
     x_t = alpha(t) x1 + sigma(t) x0,      u_t = d/dt x_t = alpha'(t) x1 + sigma'(t) x0,
 
 with alpha(0) = 0 or nearly so, alpha(1) = 1, sigma(0) = 1 or nearly so, sigma(1) = 0 or sigma_min.
-The derivatives are never written down: `jax.jvp` takes them.
+The derivatives are never written down: `jax.jvp` takes them. Bridges, which begin at any
+distribution, have a third function gamma, the weight of noise on the way (`bridges`).
 """
 
 from .affine import AffinePath as AffinePath
 from .affine import sample_path as sample_path
 from .ancestral import ancestral_diffusion as ancestral_diffusion
 from .ancestral import ancestral_drift as ancestral_drift
+from .bridges import BridgeFields as BridgeFields
+from .bridges import BridgePath as BridgePath
+from .bridges import BridgeSample as BridgeSample
+from .bridges import bridge_drift as bridge_drift
+from .bridges import bridge_flow as bridge_flow
+from .bridges import bridge_loss as bridge_loss
+from .bridges import bridge_score as bridge_score
+from .bridges import brownian_bridge as brownian_bridge
+from .bridges import sample_bridge as sample_bridge
 from .change import change_path as change_path
 from .change import match_scales as match_scales
 from .change import match_times as match_times

@@ -23,3 +23,4 @@ from .planes import density as density
 from .planes import plane as plane
 from .planes import samples_and_density as samples_and_density
 from .planes import trajectories as trajectories
+from .planes import ways as ways

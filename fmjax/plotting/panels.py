@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -13,6 +13,7 @@ from .pictures import BLUE, DARK, GREY, ORANGE
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
 # From the page's white, so that no edge shows where the grid of a density ends.
 DENSITY = LinearSegmentedColormap.from_list("density", ["#ffffff", "#a9c5e8", BLUE, "#182c5c"])
+TIME = LinearSegmentedColormap.from_list("time", [ORANGE, "#a9a0a0", BLUE])
 
 
 def limits(*points: ArrayLike, margin: float = 0.05) -> Extent:
@@ -159,6 +160,21 @@ def draw_trajectories(axes: Axes, x: np.ndarray, num_lines: int) -> None:
     axes.plot(lines[..., 0], lines[..., 1], color=GREY, linewidth=0.5, alpha=0.6, zorder=1)
     draw_points(axes, lines[0], colour=ORANGE, smaller=2.0).set_label("noise, t = 0")
     draw_points(axes, x[-1]).set_label("samples, t = 1")
+
+
+def draw_ways(axes: Axes, x: np.ndarray, num_lines: int) -> None:
+    """The ways of the first points, from orange to blue in time, between where all are."""
+    lines = x[:, :num_lines]
+    parts = np.stack([lines[:-1], lines[1:]], axis=2).reshape(-1, 2, 2)  # time, then line
+    times = np.repeat(np.linspace(0.0, 1.0, len(lines) - 1), lines.shape[1])
+    axes.add_collection(
+        LineCollection(
+            list(parts), array=times, cmap=TIME, linewidths=0.8, alpha=0.75, zorder=2,
+            capstyle="round",
+        )
+    )  # fmt: skip
+    for points, colour in ((x[0], ORANGE), (x[-1], BLUE)):
+        draw_points(axes, points, colour=colour).set_alpha(0.35)
 
 
 def draw_density(axes: Axes, p: np.ndarray, extent: Extent, *, highest: float) -> AxesImage:

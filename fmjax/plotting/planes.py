@@ -3,6 +3,8 @@
 Nothing is cropped: a panel's limits hold all of its points, and the whole extent of a density.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
@@ -18,6 +20,7 @@ from .panels import (
     draw_density,
     draw_points,
     draw_trajectories,
+    draw_ways,
     limits,
     spaced,
     tidy,
@@ -51,6 +54,38 @@ def trajectories(x: ArrayLike, *, num_lines: int = 400) -> np.ndarray:
     draw_trajectories(axes, x, num_lines)
     tidy(axes, limits(x))
     _explain(figure)
+    return render(figure)
+
+
+def ways(panels: Mapping[str, ArrayLike], *, num_lines: int = 60) -> np.ndarray:
+    """The ways between two data sets, of a panel for each sampler, from orange to blue in time.
+
+    Args:
+      panels: title -> states from t = 0 to t = 1, `[num_times, num, 2]`.
+      num_lines: the ways of the first `num_lines` points are drawn, and both ends of all.
+
+    Returns:
+      A picture, uint8 `[600, 576 * number of panels, 3]`, of panels with one scale.
+
+    Raises:
+      ValueError: for no panel, another shape, a NaN or an infinity, or `num_lines < 1`.
+
+    Example:
+      >>> x0 = np.random.default_rng(0).standard_normal((50, 2))
+      >>> ways({"shrunk": [x0, x0 / 2], "moved": [x0, x0 + 3]}).shape
+      (600, 1152, 3)
+    """
+    if not panels:
+        raise ValueError("panels must hold one set of ways at least; got none.")
+    _check_num_lines(num_lines)
+    all_of = {title: as_trajectories(title, x) for title, x in panels.items()}
+    figure = Figure(figsize=(4.8 * len(all_of), 5), dpi=120, layout=spaced())
+    shown = limits(*all_of.values())
+    for axes, (title, x) in zip(
+        figure.subplots(1, len(all_of), squeeze=False).flat, all_of.items(), strict=True
+    ):
+        draw_ways(axes, x, num_lines)
+        tidy(axes, shown, title)
     return render(figure)
 
 
