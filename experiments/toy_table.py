@@ -156,13 +156,13 @@ def run_pair(config: Config, pair: str) -> dict[str, Any]:
     }
 
 
-def flags(config: Config) -> dict[str, Any]:
+def flags(config: Any) -> dict[str, Any]:
     """The flags behind the numbers, as JSON holds them."""
     kept = {k: v for k, v in vars(config).items() if k not in ("workdir", "recorded")}
     return json.loads(json.dumps(kept))
 
 
-def resume(config: Config, name: str, compute: Any) -> dict[str, Any]:
+def resume(config: Any, name: str, compute: Any) -> dict[str, Any]:
     """The file `name` of the run folder, or what `compute` gives, kept there."""
     path = config.workdir / f"{name}.json"
     if not path.exists():
