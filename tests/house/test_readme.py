@@ -20,6 +20,7 @@ RESULTS = ROOT / "experiments/benchmarks/results"
 README, EXPERIMENTS, RECORDS = (
     ROOT / "README.md", ROOT / "experiments/README.md", RESULTS / "README.md"
 )  # fmt: skip
+ROOMS = ROOT / "fmjax/README.md"
 NOTEBOOKS = sorted((ROOT / "experiments/notebooks").glob("*.ipynb"))
 
 
@@ -35,7 +36,9 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize(
-    "path", [README, EXPERIMENTS, RECORDS], ids=["top", "experiments", "results"]
+    "path",
+    [README, ROOMS, EXPERIMENTS, RECORDS],
+    ids=["top", "rooms", "experiments", "results"],
 )
 def test_every_link_leads_somewhere(path):
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
