@@ -27,12 +27,11 @@ Sources: Chen et al. 2018, arXiv 1806.07366; Grathwohl et al. 2018, arXiv 1810.0
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import jax
@@ -41,7 +40,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import fmjax as fm
-from experiments import toy_data
+from experiments import toy_densities
 from experiments.toy_table import resume
 from fmjax import models, training
 from fmjax.evaluation.errors import standard_error
@@ -72,54 +71,6 @@ class Config:
     """Held-out points."""
     seed: int = 0
     """Of data and training."""
-
-
-class Data(NamedTuple):
-    """A distribution of known density: `sample(rng, num) -> [num, D]`, `log_prob(x) -> [num]`."""
-
-    sample: Callable[[np.random.Generator, int], np.ndarray]
-    log_prob: Callable[[np.ndarray], np.ndarray]
-
-
-def mixture(means: np.ndarray, deviation: float) -> Data:
-    """Equal Gaussians around `means` `[num, D]`."""
-    num, dim = means.shape
-
-    def sample(rng: np.random.Generator, count: int) -> np.ndarray:
-        noise = rng.standard_normal((count, dim))
-        return means[rng.integers(num, size=count)] + deviation * noise
-
-    def log_prob(x: np.ndarray) -> np.ndarray:
-        squares = np.square((x[:, None] - means) / deviation).sum(axis=2)
-        each = np.logaddexp.reduce(-squares / 2, axis=1) - math.log(num)
-        return each - dim * (math.log(deviation) + math.log(2 * math.pi) / 2)
-
-    return Data(sample, log_prob)
-
-
-def moons(noise: float = 0.1, num_angles: int = 500) -> Data:
-    """Two crescents; their density is an integral over the angle, by the midpoint rule."""
-    centre, scale = np.array([0.5, 0.25]), 0.75
-    theta = (np.arange(num_angles) + 0.5) * math.pi / num_angles
-    outer = np.stack([np.cos(theta), np.sin(theta)], axis=1)
-    inner = np.array([1.0, 0.5]) - outer
-    along = mixture((np.concatenate([outer, inner]) - centre) / scale, noise / scale)
-
-    def sample(rng: np.random.Generator, num: int) -> np.ndarray:
-        return (toy_data.crescents(rng, num, noise) - centre) / scale
-
-    return Data(sample, along.log_prob)
-
-
-def data_sets() -> dict[str, Data]:
-    angles = np.arange(8) * math.pi / 4
-    ring = 1.4 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    far = np.random.default_rng(0).standard_normal((8, 10))
-    return {
-        "moons": moons(),
-        "8 Gaussians": mixture(ring, 0.2),
-        "10-D mixture": mixture(far, 0.4),
-    }
 
 
 def flow_matching(pairing: fm.Coupling) -> training.LossFn:
@@ -172,7 +123,7 @@ def num_calls_of_a_sample(params: Any, x0: jax.Array) -> jax.Array:
     return fm.integrate(functools.partial(MODEL.apply, params), x0).num_evaluations
 
 
-def train(config: Config, data: Data, method: str) -> dict[str, Any]:
+def train(config: Config, data: toy_densities.Data, method: str) -> dict[str, Any]:
     """One cell: its looks at the held-out points, and what a sample of the last network costs.
 
     A look is (seconds of training, calls of the network so far, nats above the entropy, their
@@ -257,7 +208,7 @@ def draw(cells: dict[str, dict[str, dict[str, Any]]], path: pathlib.Path) -> Non
     figure.savefig(path, dpi=120)
 
 
-def cell(config: Config, name: str, data: Data, method: str) -> dict[str, Any]:
+def cell(config: Config, name: str, data: toy_densities.Data, method: str) -> dict[str, Any]:
     file = re.sub("[^a-z0-9]+", "_", f"{name} {method}".lower())
     return resume(config, file, lambda: train(config, data, method))
 
@@ -268,7 +219,7 @@ def main(config: Config) -> dict[str, Any]:
         make_folder(config.workdir)
         cells = {
             name: {method: cell(config, name, data, method) for method in METHODS}
-            for name, data in data_sets().items()
+            for name, data in toy_densities.data_sets().items()
         }
         draw(cells, config.workdir / "cost_of_likelihood.png")
         write_text(config.workdir / "cost_of_likelihood.md", table := markdown(cells))

@@ -10,11 +10,12 @@ import pytest
 
 import fmjax as fm
 from experiments import cost_of_likelihood as cost
+from experiments import toy_densities
 
 
 @pytest.mark.parametrize("name", ["moons", "8 Gaussians"])
 def test_densities_sum_to_one_and_are_their_samples(name):
-    data = cost.data_sets()[name]
+    data = toy_densities.data_sets()[name]
     side = np.linspace(-4, 4, 400)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     p = np.exp(np.concatenate([data.log_prob(part) for part in np.split(grid, 100)]))
@@ -28,7 +29,7 @@ def test_densities_sum_to_one_and_are_their_samples(name):
 
 def test_the_density_of_one_gaussian():
     x = np.random.default_rng(0).standard_normal((5, 10))
-    found = cost.mixture(np.zeros((3, 10)), 2.0).log_prob(x)
+    found = toy_densities.mixture(np.zeros((3, 10)), 2.0).log_prob(x)
     want = -np.square(x / 2).sum(1) / 2 - 10 * math.log(2) - 5 * math.log(2 * math.pi)
     np.testing.assert_allclose(found, want)
 
