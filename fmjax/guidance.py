@@ -153,7 +153,7 @@ def guidance_interval(
         raise ValueError(
             f"The ends must be numbers, one for all; got {np.shape(t_lo)} and {np.shape(t_hi)}."
         )
-    if is_concrete(t_lo, t_hi) and not 0 <= t_lo <= t_hi <= 1:
+    if is_concrete(t_lo, t_hi) and not 0 <= float(t_lo) <= float(t_hi) <= 1:
         raise ValueError(f"The ends must be 0 <= t_lo <= t_hi <= 1; got {t_lo} and {t_hi}.")
     inner, outer = checked(guided, what="guided"), checked(plain, what="plain")
 
@@ -227,7 +227,7 @@ def drop_labels(key: jax.Array, labels: Any, null: Any, rate: float | jax.Array)
     """
     if np.ndim(rate):
         raise ValueError(f"rate must be a number, one for all; got {np.shape(rate)}.")
-    if is_concrete(rate) and not 0 <= rate <= 1:
+    if is_concrete(rate) and not 0 <= float(rate) <= 1:
         raise ValueError(f"rate must be a probability in [0, 1]; got {rate}.")
     labels, null = _conditions(labels, null)
     num = len(jax.tree.leaves(labels)[0])

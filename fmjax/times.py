@@ -47,7 +47,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
     """
     _check_finite("mean", mean)
     _check_finite("std", std)
-    if is_concrete(std) and not std > 0:
+    if is_concrete(std) and not float(std) > 0:
         raise ValueError(f"std must be positive; got {std}. The usual value is 1.")
 
     def times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -109,7 +109,7 @@ def shifted(times: TimeSampler, shift: float) -> TimeSampler:
     if not callable(times):
         raise ValueError(f"times must be a sampler (key, shape) -> t; got {kind(times)}.")
     _check_finite("shift", shift)
-    if is_concrete(shift) and not shift > 0:
+    if is_concrete(shift) and not float(shift) > 0:
         raise ValueError(f"shift must be positive; got {shift}. 1 shifts nothing.")
 
     def later(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..types import (
     as_batch,
@@ -164,8 +165,8 @@ def coupling_entropy(plan: jax.Array) -> jax.Array:
             f"plan must be [n, m] with n and m at least 2; got {plan.shape}. One point is paired "
             "with all others whatever the coupling."
         )
-    if is_concrete(plan) and plan.is_fully_addressable and bool((plan < 0).any()):
-        raise ValueError(f"plan must not be negative; got {float(plan.min())}.")
+    if is_concrete(plan) and plan.is_fully_addressable and (least := np.asarray(plan).min()) < 0:
+        raise ValueError(f"plan must not be negative; got {least}.")
     plan = plan / jnp.sum(plan)
     of0, of1 = (jnp.sum(jax.scipy.special.entr(jnp.sum(plan, axis=axis))) for axis in (1, 0))
     both = jnp.sum(jax.scipy.special.entr(plan))
@@ -218,9 +219,10 @@ def as_weights(name: str, weights: Any, num: int | None = None) -> jax.Array:
             f"{weights.shape}."
         )
     if is_concrete(weights) and weights.is_fully_addressable:
-        bad = ~(jnp.isfinite(weights) & (weights >= 0))
-        if bad.any() or not weights.any():
-            got = weights[jnp.argmax(bad)] if bad.any() else "zeros alone"
+        known = np.asarray(weights)
+        bad = ~(np.isfinite(known) & (known >= 0))
+        if bad.any() or not known.any():
+            got = known[np.argmax(bad)] if bad.any() else "zeros alone"
             raise ValueError(f"{name} must be finite, 0 or more, and not all zero; got {got}.")
     return weights
 
@@ -228,7 +230,7 @@ def as_weights(name: str, weights: Any, num: int | None = None) -> jax.Array:
 def _check_sums(a: jax.Array, b: jax.Array, tau0: float, tau1: float) -> None:
     """Refuses weights that no plan has for its marginals."""
     if math.isinf(tau0) and math.isinf(tau1) and is_concrete(a, b):
-        sums = float(jnp.sum(a)), float(jnp.sum(b))
+        sums = float(np.asarray(a).sum()), float(np.asarray(b).sum())
         if not math.isclose(*sums, rel_tol=1e-4):
             raise ValueError(
                 f"weights0 and weights1 must have one sum; got {sums[0]:g} and {sums[1]:g}. A "

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..types import Velocity, as_batch, broadcast_time, checked, is_concrete
 from .affine import (
@@ -129,9 +130,9 @@ def _rate(eta: Any) -> Schedule:
 
     def rate(t: jax.Array) -> jax.Array:
         value = coefficient("eta", function, t)
-        if is_concrete(value) and (value < 0).any():
+        if is_concrete(value) and np.min(known := np.asarray(value), initial=0) < 0:
             raise ValueError(
-                f"eta must not be negative; got eta(t) = {value.min()}. 0 is the flow."
+                f"eta must not be negative; got eta(t) = {known.min()}. 0 is the flow."
             )
         return value
 
