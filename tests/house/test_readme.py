@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from experiments import toy_report
+from experiments import cost_of_likelihood, toy_report
 from experiments.benchmarks import bridges_table, couplings, schedules, single_cell, uneven
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
@@ -163,6 +163,7 @@ def test_the_toy_table_is_the_recorded_one():
         ("couplings", couplings.table),
         ("couplings speed", couplings.speeds),
         ("bridges", bridges_table.table),
+        ("cost_of_likelihood", lambda record: cost_of_likelihood.markdown(record["cells"])),
     ],
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
