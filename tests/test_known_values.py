@@ -39,7 +39,9 @@ W = np.ones(3, np.float32)
 FREE = {"langevin_diffusion", "guidance_interval", "coupling_entropy", "unbalanced"}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "unbalanced")) for n in CALLS]
+)
 def test_known_values_are_taken_under_jit(name):
     known = jnp.float32(0.5)
     want = CALLS[name](known)

@@ -64,6 +64,7 @@ def test_plain_pairs_tell_the_class_and_these_do_not():
     assert abs(gap(fm.independent)) < 4 * np.sqrt(2 / 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight", [3.0, *(pytest.param(w, marks=pytest.mark.slow) for w in (0.0, 0.5, 1e6))]
 )

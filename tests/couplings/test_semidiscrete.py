@@ -53,6 +53,7 @@ def test_two_points_in_the_plane_are_cut_by_a_hyperplane():
     np.testing.assert_array_equal(rows, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [1000.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_cells_have_equal_shares(shift):
     """chi^2 = mean (N p - 1)^2 falls with the steps; without a potential it is above 1."""
@@ -92,6 +93,7 @@ def test_the_pairs_cost_what_sorted_pairs_do():
     np.testing.assert_allclose(np.bincount(rows, minlength=20) / 200, 1, atol=0.35)  # 4 s.e.
 
 
+@pytest.mark.slow
 def test_batches_are_rows_and_dtypes_are_kept():
     data = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2, 3)), jnp.float32)
     assignment = couplings.semidiscrete(jnp.zeros(6), data)

@@ -55,6 +55,7 @@ def test_two_points_by_hand():
         np.testing.assert_allclose(np.log(plan[0, 0] / plan[0, 1]), 1 / epsilon, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_small_epsilon_gives_the_assignment_and_a_large_one_independence():
     x1, noise = draw((20, 2))
     x0 = (jnp.arange(20.0)[:, None] + 0.1 * x1)[::-1]
@@ -233,6 +234,7 @@ def test_pairs_are_drawn_in_the_ratio_of_the_masses():
     assert abs(np.mean(rows1) - 0.75) < 0.017 and abs(np.mean(rows0) - 0.5) < 0.02
 
 
+@pytest.mark.slow
 def test_pairs_are_drawn_together():
     """Both rows, in proportion to the plan: its 12 shares to 4.5 standard errors."""
     x0, x1 = draw((4, 1))

@@ -13,6 +13,7 @@ from experiments import cost_of_likelihood as cost
 from experiments import toy_densities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moons", "8 Gaussians"])
 def test_densities_sum_to_one_and_are_their_samples(name):
     data = toy_densities.data_sets()[name]
@@ -34,6 +35,7 @@ def test_the_density_of_one_gaussian():
     np.testing.assert_allclose(found, want)
 
 
+@pytest.mark.slow
 def test_the_energy_of_a_linear_flow(monkeypatch):
     """v = a x carries x1 e^(-a) to x1, with int |v|^2 dt = a (1 - e^(-2 a)) |x1|^2 / 2."""
     a, x1 = 0.7, jax.random.normal(jax.random.key(0), (6, 3))

@@ -54,6 +54,7 @@ def matrix_of(field, dim):
     return lambda t: jax.jacfwd(lambda x: field(t, x[None])[0])(jnp.zeros(dim))
 
 
+@pytest.mark.slow
 @all_bridges
 def test_sample_bridge_is_the_path_and_its_noise(name, x64):
     """x_t from its z; both ends; the mean's target is the derivative of what is no noise."""
@@ -101,6 +102,7 @@ def test_without_noise_it_is_the_affine_path(x64):
             np.testing.assert_allclose(field(jnp.asarray(at), x0), 3 * x0, rtol=1e-12)
 
 
+@pytest.mark.slow
 @noisy_bridges
 def test_jit_vmap_and_a_single_time_agree(name):
     path, (x0, x1), key = BRIDGES[name], draw((2, 3)), jax.random.key(3)
@@ -336,6 +338,7 @@ def test_the_schroedinger_bridge_keeps_its_pairs_and_others_do_not(x64):
     assert abs(got).max() > 0.2
 
 
+@pytest.mark.slow
 def test_markovian_fitting_of_normal_pairs_converges_to_the_schroedinger_bridge(x64):
     """From independent pairs; unit variances at sigma = 1 reach (sqrt 5 - 1) / 2."""
     cross, found = 0.0, []
@@ -362,6 +365,7 @@ def test_the_covariance_of_the_schroedinger_bridge_in_its_limits():
     assert abs(gaussian_bridge(100.0).cross).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_flow_between_other_times_costs_their_distance(x64):
     """From x0 itself at t = d to 1 - d: an error of the variance in proportion to d."""
     cov0, cov1 = np.array([[1.0]]), np.array([[0.25]])
@@ -379,6 +383,7 @@ def test_the_flow_between_other_times_costs_their_distance(x64):
     np.testing.assert_allclose(np.log10(np.array(errors[:-1]) / errors[1:]), 1, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_samples_of_the_schroedinger_bridge(reverse):
     """End to end in 50 steps, against the exact moments of those very steps."""

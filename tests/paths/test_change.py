@@ -82,6 +82,7 @@ def test_from_every_path_and_there_and_back(name, x64):
         np.testing.assert_allclose(got[key][regular], want[regular], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_below_alpha_0_of_vp_identities_hold_to_alpha_0(x64):
     """The error at t = 0 is in proportion to alpha(0), 0.0066 by default."""
     errors, starts = [], []
@@ -95,6 +96,7 @@ def test_below_alpha_0_of_vp_identities_hold_to_alpha_0(x64):
     np.testing.assert_allclose(errors[0] / errors[1], starts[0] / starts[1], rtol=0.02)
 
 
+@pytest.mark.slow
 @quick_on("vp", names=("vp", "linear_vp"))
 @pytest.mark.parametrize("which", [pytest.param("x1", marks=pytest.mark.slow), "x0"])
 def test_predictions_on_steep_paths_are_finite_at_the_data(name, which, x64):
@@ -115,6 +117,7 @@ def test_predictions_on_steep_paths_are_finite_at_the_data(name, which, x64):
     assert np.isfinite(slopes).all()
 
 
+@pytest.mark.slow
 @quick_on("vp")
 def test_float32_both_ends_and_gradients(name):
     velocity = fm.change_path(exact("cond_ot"), fm.cond_ot(), PATHS[name])
@@ -141,6 +144,7 @@ def test_the_slope_in_time_is_that_of_the_closed_form(x64):
     np.testing.assert_allclose(*slopes, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_jit_vmap_batch_and_dtype():
     velocity = fm.change_path(exact("cond_ot"), fm.cond_ot(), fm.vp())
     x, ts = points(dtype=jnp.float32), jnp.asarray(INSIDE, jnp.float32)

@@ -73,6 +73,7 @@ def test_the_moments_move_as_those_of_the_flow(name, eta, x64):
             np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=SLOW), 1.0, pytest.param(5.0, marks=SLOW)])
 def test_the_variance_at_the_data_for_any_eta(eta):
     """0.16 but for the steps, by Euler's own recursion; ShARK's 50 steps are within 1 % of it."""
@@ -251,6 +252,7 @@ def test_every_solver_for_sdes_arrives(name):
     np.testing.assert_allclose(np.var(x1), exact, rtol=0.02 + 4 * np.sqrt(2 / 20_000))
 
 
+@pytest.mark.slow
 def test_keys_devices_dtype_and_directions():
     flow = gaussian_flow((2,))
     drift, diffusion = langevin(fm.cond_ot(), flow.velocity, 1.0)
@@ -267,6 +269,7 @@ def test_keys_devices_dtype_and_directions():
     np.testing.assert_allclose(low.astype(jnp.float32), alone, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_forward_derivatives(x64):
     """Of x(1) in the rate of an Ornstein and Uhlenbeck process, for fixed noise."""
     x0 = jnp.asarray(whitened_normal(8, 2), jnp.float64)

@@ -61,6 +61,7 @@ def test_the_measures_of_a_known_process():
     assert other["kl"] > 50 * other["kl_floor"]  # straight lines have other marginals
 
 
+@pytest.mark.slow
 def test_the_network_gives_the_fields_of_either_direction():
     network = bridges.make_network(config(sigma=0.5))
     params = jit(network.init, static_argnums=1)(jax.random.key(0), 3)
@@ -124,6 +125,7 @@ def test_fitting_reaches_the_covariance_of_the_schroedinger_bridge(tmp_path):
             assert abs(done[direction]["covariance"] - want) < 0.01 + error
 
 
+@pytest.mark.slow
 def test_the_flow_of_a_network_is_refused_at_an_end():
     network = bridges.make_network(config())
     params = jit(network.init, static_argnums=1)(jax.random.key(0), 2)

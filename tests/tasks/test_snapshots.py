@@ -83,6 +83,7 @@ def test_the_intervals_points_lie_on_their_lines():
     assert 0.4 < (noisy.x_t - x_t).std() < 0.6
 
 
+@pytest.mark.slow
 def test_pairs_are_fresh_and_those_of_the_coupling():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 2, 1)), jnp.float32)
     ts = jnp.array([0.0, 1.0])
