@@ -222,3 +222,85 @@ def gaussian_bridge(sigma: float, *, independent: bool = False) -> GaussianBridg
     cov0, cov1 = np.array([[1.0, 0.4], [0.4, 0.6]]), np.array([[0.5, -0.3], [-0.3, 1.5]])
     cross = np.zeros((2, 2)) if independent else schroedinger_covariance(cov0, cov1, sigma)
     return GaussianBridge(np.array([-0.3, 0.1]), cov0, np.array([0.8, -0.4]), cov1, cross, sigma)
+
+
+class JointNormals(NamedTuple):
+    """Pairs (x0, x1) from a mixture of joint normals with one covariance, on any path or bridge.
+
+    Of every component k all is linear: given k, x_t is normal with
+
+        mean  alpha m1_k + sigma m0_k,
+        S_t = alpha^2 S1 + sigma^2 S0 + alpha sigma (C + C') + gamma^2 I,      C = Cov(x0, x1),
+
+    and x0, x1 and z have the covariances sigma S0 + alpha C, alpha S1 + sigma C' and gamma I with
+    it. A covariance of 0 makes points of the means. Times inside (0, 1) only if S_0 or S_1 is 0.
+
+    Attributes:
+      path: an `AffinePath` or a `BridgePath`.
+      mean0, mean1: `[num, dim]`, the means of equally likely components.
+      cov0, cov1, cross: S0, S1 and C, `[dim, dim]`.
+    """
+
+    path: fm.AffinePath | fm.BridgePath
+    mean0: np.ndarray
+    mean1: np.ndarray
+    cov0: np.ndarray
+    cov1: np.ndarray
+    cross: np.ndarray
+
+    def log_prob(self, t, x):
+        """log p_t(x): `[batch]`; t is `[]` or `[batch]`."""
+        return self._over(lambda t, x: jax.nn.logsumexp(self._components(t, x)[0]), t, x)
+
+    def expectations(self, t, x):
+        """E[x0 | x_t = x], E[x1 | x_t = x] and E[z | x_t = x], each `[batch, dim]`."""
+
+        def one(t, x):
+            log_weights, white, (alpha, sigma, gamma) = self._components(t, x)
+            with_x0 = sigma * self.cov0 + alpha * self.cross
+            with_x1 = alpha * self.cov1 + sigma * self.cross.T
+            shares = jax.nn.softmax(log_weights)
+            x0, x1 = self.mean0 + white @ with_x0.T, self.mean1 + white @ with_x1.T
+            return shares @ x0, shares @ x1, gamma * shares @ white
+
+        return self._over(one, t, x)
+
+    def velocity(self, t, x):
+        """E[u_t | x_t = x] by the library: a path is linear in its ends, a bridge in z too."""
+
+        def mean_velocity(t, x):
+            x0, x1, _ = self.expectations(t, x)
+            return fm.sample_path(fm.AffinePath(*self.path[:2]), x0, x1, t).u_t
+
+        def z_hat(t, x):
+            return self.expectations(t, x)[2]
+
+        if not isinstance(self.path, fm.BridgePath):
+            return mean_velocity(t, x)
+        return fm.bridge_flow(self.path, mean_velocity, z_hat)(t, x)
+
+    def sample_pairs(self, rng, num):
+        """x0 and x1, `[2, num, dim]`."""
+        cov = np.block([[self.cov0, self.cross], [self.cross.T, self.cov1]])
+        k = rng.integers(len(self.mean0), size=num)
+        noise = rng.multivariate_normal(np.zeros(len(cov)), cov, num)
+        return np.stack([self.mean0[k], self.mean1[k]]) + np.stack(np.split(noise, 2, axis=1))
+
+    def _components(self, t, x):
+        """log of share times density at x `[num]`, S_t^-1 (x - mean) `[num, dim]`, the weights."""
+        alpha, sigma = (f(t) for f in self.path[:2])
+        gamma = self.path.gamma(t) if isinstance(self.path, fm.BridgePath) else jnp.zeros_like(t)
+        cov = alpha**2 * self.cov1 + sigma**2 * self.cov0 + gamma**2 * jnp.eye(len(x))
+        cov = cov + alpha * sigma * (self.cross + self.cross.T)
+        apart = x[None] - alpha * self.mean1 - sigma * self.mean0
+        white = jnp.linalg.solve(cov, apart.T).T
+        log_det = jnp.linalg.slogdet(2 * jnp.pi * cov)[1] + 2 * jnp.log(len(self.mean0) * 1.0)
+        return -0.5 * ((apart * white).sum(1) + log_det), white, (alpha, sigma, gamma)
+
+    def _over(self, one, t, x):
+        return jax.vmap(one)(jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]), x)
+
+
+def optimal_covariance(cov0: np.ndarray, cov1: np.ndarray) -> np.ndarray:
+    """Cov(x0, x1) of the map that carries one normal to the other at least |x1 - x0|^2."""
+    return schroedinger_covariance(cov0, cov1, 0.0)
