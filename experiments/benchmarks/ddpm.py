@@ -1,0 +1,268 @@
+"""DDPM beside flow matching: the same network, data, batches and steps; every sampler on both.
+
+    python -m experiments.benchmarks.ddpm
+
+`experiments.digits` trains a velocity along `cond_ot`, `experiments.ddpm` a prediction of the noise
+along `vp`; both are told the class and drawn from without guidance. Either network is then solved
+
+    Euler      in equal steps along `cond_ot`
+    Tsit5      along `cond_ot`, at tolerance 1e-3
+    DDIM       in equal steps of `vp`'s time: Euler on the grid of `match_times`
+    ancestral  by DDPM's own steps, an SDE along `vp`, after a change of schedule to it
+
+so that what the training does and what the sampler does can be told apart. FD and class accuracy
+are under the digits' encoder, trained at the first start; each seed is one training and 500
+samples, and all ways begin at the same noise. Bits/dim is what both runs print at their end.
+
+On two cores of a shared server: MINUTES.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+import fmjax as fm
+from experiments import ddpm, digits
+from fmjax import plotting
+from fmjax.data import load_digits, pixels
+from fmjax.evaluation import judging
+from fmjax.harness import command, keys, train
+from fmjax.harness.read import read
+from fmjax.harness.records import environment, write_json
+from fmjax.harness.task import Trained
+from fmjax.tasks import images
+
+STRAIGHT, BATCH = fm.cond_ot(), 128
+NETWORKS: dict[str, Any] = {"flow matching": digits, "DDPM": ddpm}
+Sampler = Callable[[fm.Velocity, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """DDPM beside flow matching on the 8x8 digits, over seeds."""
+
+    workdir: pathlib.Path = pathlib.Path("runs/ddpm_beside_fm")
+    """A folder of run folders; what is trained already is not trained again."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training of each network, and one set of samples; at least two."""
+    num_steps: int = 800
+    """Training steps of each."""
+    steps: tuple[int, ...] = (10, 50, 100)
+    """Equal steps of Euler's and of DDIM's solves."""
+    ancestral_steps: tuple[int, ...] = (50, 100, 1000)
+    """Of DDPM's sampler."""
+    num_samples: int = 500
+    """Of each seed and way."""
+    repetitions: int = 20
+    """Timed training steps of each."""
+    judge: judging.JudgeConfig = judging.JudgeConfig()
+    """What sample quality is measured with."""
+    record: pathlib.Path | None = None
+    """A JSON file for the figures, such as experiments/benchmarks/results/ddpm.json."""
+    picture: pathlib.Path | None = None
+    """A PNG of a few samples of each network."""
+
+
+def solve(**options: Any) -> Sampler:
+    """A flow along `cond_ot`."""
+
+    def sampler(velocity: fm.Velocity, key: jax.Array, x0: jax.Array) -> tuple[jax.Array, Any]:
+        del key
+        trajectory = fm.integrate(velocity, x0, **options)
+        return trajectory.x[-1], trajectory.num_evaluations
+
+    return sampler
+
+
+def ddim(num_steps: int) -> Sampler:
+    """DDIM in equal steps of `vp`'s time, of a velocity along `cond_ot`."""
+
+    def sampler(velocity: fm.Velocity, key: jax.Array, x0: jax.Array) -> tuple[jax.Array, Any]:
+        ts = jnp.linspace(0.0, 1.0, num_steps + 1)
+        grid = fm.match_times(ddpm.PATH, STRAIGHT, ts)
+        scales = fm.match_scales(ddpm.PATH, STRAIGHT, ts)
+        euler = solve(
+            solver=diffrax.Euler(),
+            t0=grid[0],
+            t1=grid[-1],
+            stepsize_controller=diffrax.StepTo(grid),
+        )
+        x, num_evaluations = euler(velocity, key, scales[0] * x0)
+        return x / scales[-1], num_evaluations
+
+    return sampler
+
+
+def ancestral(num_steps: int) -> Sampler:
+    """DDPM's sampler along `vp`, of a velocity along `cond_ot`."""
+
+    def sampler(velocity: fm.Velocity, key: jax.Array, x0: jax.Array) -> tuple[jax.Array, Any]:
+        along = fm.change_path(velocity, STRAIGHT, ddpm.PATH)
+        drift = fm.ancestral_drift(ddpm.PATH, along, num_steps)
+        diffusion = fm.ancestral_diffusion(ddpm.PATH, num_steps)
+        return fm.sample_sde(key, drift, diffusion, x0, num_steps=num_steps), num_steps
+
+    return sampler
+
+
+def samplers(config: Config) -> dict[str, Sampler]:
+    """All ways to draw, by their rows in the table."""
+    tolerance = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    euler = {
+        f"Euler, {n} equal steps": solve(solver=diffrax.Euler(), num_steps=n) for n in config.steps
+    }
+    return (
+        euler
+        | {"Tsit5, tolerance 0.001": solve(stepsize_controller=tolerance)}
+        | {f"DDIM, {n} steps": ddim(n) for n in config.steps}
+        | {f"ancestral, {n} steps": ancestral(n) for n in config.ancestral_steps}
+    )
+
+
+def trained(config: Config, name: str, seed: int) -> tuple[Trained, dict[str, Any]]:
+    """A network, and what its training printed."""
+    module = NETWORKS[name]
+    folder = config.workdir / f"{module.__name__.rpartition('.')[2]}_s{seed}"
+    if not (folder / "summary.json").exists():
+        flags = {"num_steps": config.num_steps, "num_samples": 0, "preview_every": 0}
+        run = module.Config(workdir=epath.Path(folder), seed=seed, **flags)
+        train(run, module.make_task)
+    return read(epath.Path(folder)), json.loads((folder / "summary.json").read_text())
+
+
+def draw(sampler: Sampler, models: list[Trained], seeds: tuple[int, ...], num: int) -> list[Any]:
+    """`(pixel values, evaluations)` of every seed's network, of one compilation."""
+    labels, levels = models[0].condition(np.arange(num)), load_digits("test").num_levels
+
+    @jax.jit
+    def solved(params: Any, key: jax.Array, labels: Any) -> tuple[jax.Array, Any]:
+        key_x0, key_noise = jax.random.split(key)
+        x0 = models[0].source.sample(key_x0, num)
+        return sampler(models[0].velocity(params, labels), key_noise, x0)
+
+    found = []
+    for seed, model in zip(seeds, models, strict=True):
+        x1, num_evaluations = solved(model.params, keys.key(seed, "samples"), labels)
+        found.append((np.asarray(pixels.quantize(x1, levels)), int(num_evaluations)))
+    return found
+
+
+def judged(judge: judging.Judge, drawn: np.ndarray, labels: Any) -> dict[str, float]:
+    figures = judge.figures(judge.encode(drawn, BATCH), labels)
+    distance = figures["frechet_distance"]
+    return {
+        "fd": distance.value,
+        "fd_standard_error": distance.standard_error,
+        "accuracy": figures["class_accuracy"].value,
+    }
+
+
+def measure(config: Config, models: dict[str, list[Trained]]) -> tuple[list[Any], list[np.ndarray]]:
+    """A row for each sampler and network, with what every seed gave; and a few images of each."""
+    run = models["DDPM"][0].config
+    judge = judging.make_judge(config.judge, images.real_images(run, images.Pictures(run)), BATCH)
+    labels, real = np.arange(config.num_samples) % 10, load_digits("train")
+    rows, shown = [], []
+
+    def add(sampler: str, network: str, drawn: list[tuple[np.ndarray, int]], labels: Any) -> None:
+        every = [judged(judge, x1, labels) for x1, _ in drawn]
+        row = {name: [one[name] for one in every] for name in every[0]}
+        row |= {"evaluations": [num for _, num in drawn]}
+        rows.append({"sampler": sampler, "network": network} | row)
+        shown.append(drawn[0][0])
+        print(rows[-1], flush=True)
+
+    for way, sampler in samplers(config).items():
+        for name, of_seeds in models.items():
+            add(way, name, draw(sampler, of_seeds, config.seeds, config.num_samples), labels)
+    for seed in config.seeds:
+        picked = np.random.default_rng(seed).integers(len(real.images), size=config.num_samples)
+        add("none", f"real images, draw {seed}", [(real.images[picked], 0)], real.labels[picked])
+    return rows, shown
+
+
+def step_milliseconds(config: Config) -> dict[str, list[float]]:
+    """Training steps of both networks in turn, the first not counted."""
+    steps = {}
+    for name, module in NETWORKS.items():
+        run = module.Config(workdir=epath.Path("unused"), num_steps=config.num_steps, num_devices=1)
+        task = module.make_task(run)
+        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
+        steps[name] = jax.jit(task.step), task.init(jax.random.key(0)), batch
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + config.repetitions):
+        for name, (step, state, batch) in steps.items():
+            began = time.perf_counter()
+            jax.block_until_ready(step(state, jax.random.key(1), batch))
+            seconds[name].append(time.perf_counter() - began)
+    return {name: [1e3 * s for s in all_of[1:]] for name, all_of in seconds.items()}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Both trainings as Markdown."""
+    lines = ["| network | predicts | bits/dim | a training step |", "|---|---|---|---|"]
+    what = {"flow matching": "velocity, `cond_ot`", "DDPM": "noise, `vp`"}
+    base = np.array(record["step_ms"]["flow matching"])
+    for name, predicts in what.items():
+        bits = [run["bits_per_dim"] for run in record["runs"] if run["network"] == name]
+        ms = np.array(record["step_ms"][name])
+        speed = f"{np.median(ms):.0f} ms, {np.median(ms / base):.2f} times as long"
+        lines.append(f"| {name} | {predicts} | {_spread(bits, 3)} | {speed} |")
+    return "\n".join(lines) + "\n"
+
+
+def samples(record: dict[str, Any]) -> str:
+    """Every sampler on both networks as Markdown: means, and standard deviations over seeds."""
+    head = [f"{name}: {figure}" for name in NETWORKS for figure in ("FD", "accuracy")]
+    lines = [f"| sampler | evaluations | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
+    rows = {(row["sampler"], row["network"]): row for row in record["samples"]}
+    for way in dict.fromkeys(way for way, _ in rows if way != "none"):
+        pair = [rows[way, name] for name in NETWORKS]
+        evaluations = dict.fromkeys(f"{np.mean(row['evaluations']):.0f}" for row in pair)
+        cells = [_spread(row["fd"], 2) + f" | {np.mean(row['accuracy']):.3f}" for row in pair]
+        lines.append(f"| {way} | {', '.join(evaluations)} | {' | '.join(cells)} |")
+    real = [row for (way, _), row in rows.items() if way == "none"]
+    floor, accuracy = ([row[name][0] for row in real] for name in ("fd", "accuracy"))
+    lines.append(f"| none: real images | - | {_spread(floor, 2)} | {np.mean(accuracy):.3f} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def main(config: Config) -> dict[str, Any]:
+    if len(set(config.seeds)) < 2:
+        raise ValueError(f"--seeds must be two or more, for a spread; got {config.seeds}.")
+    models: dict[str, list[Trained]] = {name: [] for name in NETWORKS}
+    runs = []
+    for seed in config.seeds:
+        for name in NETWORKS:
+            model, summary = trained(config, name, seed)
+            models[name].append(model)
+            kept = ("bits_per_dim", "bits_per_dim_standard_error", "wall_seconds", "loss")
+            runs.append({"network": name, "seed": seed} | {key: summary[key] for key in kept})
+    record: dict[str, Any] = environment() | {"runs": runs, "step_ms": step_milliseconds(config)}
+    record["bits_per_dim_method"] = summary["bits_per_dim_method"]
+    record["config"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    record["samples"], shown = measure(config, models)
+    print(table(record), samples(record), sep="\n")
+    if config.picture is not None:
+        few = np.concatenate([drawn[:20] for drawn in shown])
+        plotting.save(config.picture, plotting.grid(few, columns=20, num_levels=17))
+    if config.record is not None:
+        write_json(config.record, record)
+    return record
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="experiments.benchmarks.ddpm", doc=__doc__)
