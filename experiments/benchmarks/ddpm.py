@@ -18,6 +18,7 @@ On two cores of a shared server: MINUTES.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -156,55 +157,53 @@ def draw(sampler: Sampler, models: list[Trained], seeds: tuple[int, ...], num: i
     return found
 
 
-def judged(judge: judging.Judge, drawn: np.ndarray, labels: Any) -> dict[str, float]:
-    figures = judge.figures(judge.encode(drawn, BATCH), labels)
-    distance = figures["frechet_distance"]
+def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
+    """A row for each sampler and network, each with what every seed gave, and real images'."""
+    run, num = models["DDPM"][0].config, config.num_samples
+    pictures = images.Pictures(run)
+    judge = judging.make_judge(config.judge, images.real_images(run, pictures), BATCH)
+    rows, shown, labels = [], [], models["DDPM"][0].condition(np.arange(num))
+    for way, sampler in samplers(config).items():
+        for name, of_seeds in models.items():
+            drawn = draw(sampler, of_seeds, config.seeds, num)
+            row = {"sampler": way, "network": name, "evaluations": [n for _, n in drawn]}
+            rows.append(row | judged(judge, [(x1, labels) for x1, _ in drawn]))
+            shown.append(drawn[0][0][:20])
+            print(rows[-1], flush=True)
+    real, rng = pictures.train, np.random.default_rng(0)
+    picked = [rng.integers(len(real.images), size=num) for _ in config.seeds]
+    if config.picture is not None:
+        picture = plotting.grid(np.concatenate(shown), columns=20, num_levels=real.num_levels)
+        plotting.save(config.picture, picture)
+    found = judged(judge, [(real.images[k], real.labels[k]) for k in picked])
+    return {"samples": rows, "real": found, "judge": judge.record}
+
+
+def judged(judge: judging.Judge, sets: list[tuple[np.ndarray, Any]]) -> dict[str, list[float]]:
+    """FD, its error and class accuracy of every set of (pixel values, classes)."""
+    figures = [judge.figures(judge.encode(x1, BATCH), labels) for x1, labels in sets]
     return {
-        "fd": distance.value,
-        "fd_standard_error": distance.standard_error,
-        "accuracy": figures["class_accuracy"].value,
+        "fd": [found["frechet_distance"].value for found in figures],
+        "fd_standard_error": [found["frechet_distance"].standard_error for found in figures],
+        "accuracy": [found["class_accuracy"].value for found in figures],
     }
 
 
-def measure(config: Config, models: dict[str, list[Trained]]) -> tuple[list[Any], list[np.ndarray]]:
-    """A row for each sampler and network, with what every seed gave; and a few images of each."""
-    run = models["DDPM"][0].config
-    judge = judging.make_judge(config.judge, images.real_images(run, images.Pictures(run)), BATCH)
-    labels, real = np.arange(config.num_samples) % 10, load_digits("train")
-    rows, shown = [], []
-
-    def add(sampler: str, network: str, drawn: list[tuple[np.ndarray, int]], labels: Any) -> None:
-        every = [judged(judge, x1, labels) for x1, _ in drawn]
-        row = {name: [one[name] for one in every] for name in every[0]}
-        row |= {"evaluations": [num for _, num in drawn]}
-        rows.append({"sampler": sampler, "network": network} | row)
-        shown.append(drawn[0][0])
-        print(rows[-1], flush=True)
-
-    for way, sampler in samplers(config).items():
-        for name, of_seeds in models.items():
-            add(way, name, draw(sampler, of_seeds, config.seeds, config.num_samples), labels)
-    for seed in config.seeds:
-        picked = np.random.default_rng(seed).integers(len(real.images), size=config.num_samples)
-        add("none", f"real images, draw {seed}", [(real.images[picked], 0)], real.labels[picked])
-    return rows, shown
-
-
-def step_milliseconds(config: Config) -> dict[str, list[float]]:
-    """Training steps of both networks in turn, the first not counted."""
+def step_milliseconds(models: dict[str, list[Trained]], repetitions: int) -> dict[str, list[float]]:
+    """Training steps of both networks in turn, after a first one of each."""
     steps = {}
-    for name, module in NETWORKS.items():
-        run = module.Config(workdir=epath.Path("unused"), num_steps=config.num_steps, num_devices=1)
-        task = module.make_task(run)
-        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
-        steps[name] = jax.jit(task.step), task.init(jax.random.key(0)), batch
+    for name, of_seeds in models.items():
+        task, batch_size = of_seeds[0].task, of_seeds[0].config.batch_size
+        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(batch_size)))
+        args = task.init(jax.random.key(0)), jax.random.key(1), batch
+        steps[name] = functools.partial(jax.jit(task.step), *args)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + config.repetitions):
-        for name, (step, state, batch) in steps.items():
+    for _ in range(1 + repetitions):
+        for name, step in steps.items():
             began = time.perf_counter()
-            jax.block_until_ready(step(state, jax.random.key(1), batch))
+            jax.block_until_ready(step())
             seconds[name].append(time.perf_counter() - began)
-    return {name: [1e3 * s for s in all_of[1:]] for name, all_of in seconds.items()}
+    return {name: [1e3 * second for second in all_of[1:]] for name, all_of in seconds.items()}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -225,14 +224,13 @@ def samples(record: dict[str, Any]) -> str:
     head = [f"{name}: {figure}" for name in NETWORKS for figure in ("FD", "accuracy")]
     lines = [f"| sampler | evaluations | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     rows = {(row["sampler"], row["network"]): row for row in record["samples"]}
-    for way in dict.fromkeys(way for way, _ in rows if way != "none"):
+    for way in dict.fromkeys(way for way, _ in rows):
         pair = [rows[way, name] for name in NETWORKS]
         evaluations = dict.fromkeys(f"{np.mean(row['evaluations']):.0f}" for row in pair)
         cells = [_spread(row["fd"], 2) + f" | {np.mean(row['accuracy']):.3f}" for row in pair]
         lines.append(f"| {way} | {', '.join(evaluations)} | {' | '.join(cells)} |")
-    real = [row for (way, _), row in rows.items() if way == "none"]
-    floor, accuracy = ([row[name][0] for row in real] for name in ("fd", "accuracy"))
-    lines.append(f"| none: real images | - | {_spread(floor, 2)} | {np.mean(accuracy):.3f} | | |")
+    floor, accuracy = record["real"]["fd"], np.mean(record["real"]["accuracy"])
+    lines.append(f"| none: real images | - | {_spread(floor, 2)} | {accuracy:.3f} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -244,21 +242,17 @@ def main(config: Config) -> dict[str, Any]:
     if len(set(config.seeds)) < 2:
         raise ValueError(f"--seeds must be two or more, for a spread; got {config.seeds}.")
     models: dict[str, list[Trained]] = {name: [] for name in NETWORKS}
-    runs = []
+    runs, kept = [], ("bits_per_dim", "bits_per_dim_standard_error", "bits_per_dim_method")
     for seed in config.seeds:
         for name in NETWORKS:
             model, summary = trained(config, name, seed)
             models[name].append(model)
-            kept = ("bits_per_dim", "bits_per_dim_standard_error", "wall_seconds", "loss")
             runs.append({"network": name, "seed": seed} | {key: summary[key] for key in kept})
-    record: dict[str, Any] = environment() | {"runs": runs, "step_ms": step_milliseconds(config)}
-    record["bits_per_dim_method"] = summary["bits_per_dim_method"]
+    record: dict[str, Any] = environment() | {"runs": runs}
     record["config"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    record["samples"], shown = measure(config, models)
+    record["step_ms"] = step_milliseconds(models, config.repetitions)
+    record |= measure(config, models)
     print(table(record), samples(record), sep="\n")
-    if config.picture is not None:
-        few = np.concatenate([drawn[:20] for drawn in shown])
-        plotting.save(config.picture, plotting.grid(few, columns=20, num_levels=17))
     if config.record is not None:
         write_json(config.record, record)
     return record
