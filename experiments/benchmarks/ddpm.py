@@ -39,10 +39,12 @@ from fmjax.evaluation import judging
 from fmjax.harness import command, keys, train
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
+from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
 from fmjax.tasks import images
 
 STRAIGHT, BATCH = fm.cond_ot(), 128
+OWN = ("ancestral, 1000 steps",)  # minutes, and the other network is spared them
 NETWORKS: dict[str, Any] = {"flow matching": digits, "DDPM": ddpm}
 Sampler = Callable[[fm.Velocity, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -54,7 +56,7 @@ class Config:
     workdir: pathlib.Path = pathlib.Path("runs/ddpm_beside_fm")
     """A folder of run folders; what is trained already is not trained again."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One training of each network, and one set of samples; at least two."""
+    """One training of each network, and one set of samples."""
     num_steps: int = 800
     """Training steps of each."""
     steps: tuple[int, ...] = (10, 50, 100)
@@ -140,8 +142,9 @@ def trained(config: Config, name: str, seed: int) -> tuple[Trained, dict[str, An
     return read(epath.Path(folder)), json.loads((folder / "summary.json").read_text())
 
 
-def draw(sampler: Sampler, models: list[Trained], seeds: tuple[int, ...], num: int) -> list[Any]:
-    """`(pixel values, evaluations)` of every seed's network, of one compilation."""
+def draw(config: Config, way: str, models: list[Trained]) -> list[tuple[np.ndarray, int]]:
+    """Pixel values and evaluations of every seed's network, drawn once and kept."""
+    sampler, num = samplers(config)[way], config.num_samples
     labels, levels = models[0].condition(np.arange(num)), load_digits("test").num_levels
 
     @jax.jit
@@ -150,10 +153,17 @@ def draw(sampler: Sampler, models: list[Trained], seeds: tuple[int, ...], num: i
         x0 = models[0].source.sample(key_x0, num)
         return sampler(models[0].velocity(params, labels), key_noise, x0)
 
+    def arrays(seed: int, model: Trained) -> dict[str, np.ndarray]:
+        x1, evaluations = solved(model.params, keys.key(seed, "samples"), labels)
+        images = pixels.quantize(x1, levels)
+        return {"images": np.asarray(images), "evaluations": np.asarray(evaluations)}
+
     found = []
-    for seed, model in zip(seeds, models, strict=True):
-        x1, num_evaluations = solved(model.params, keys.key(seed, "samples"), labels)
-        found.append((np.asarray(pixels.quantize(x1, levels)), int(num_evaluations)))
+    for seed, model in zip(config.seeds, models, strict=True):
+        settings = {"parameters": model.digest, "seed": seed, "num_samples": num}
+        kept = Store(config.workdir / "drawn", "samples", settings)
+        drawn = kept.get(way, functools.partial(arrays, seed, model))
+        found.append((drawn["images"], int(drawn["evaluations"])))
     return found
 
 
@@ -163,9 +173,11 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
     pictures = images.Pictures(run)
     judge = judging.make_judge(config.judge, images.real_images(run, pictures), BATCH)
     rows, shown, labels = [], [], models["DDPM"][0].condition(np.arange(num))
-    for way, sampler in samplers(config).items():
+    for way in samplers(config):
         for name, of_seeds in models.items():
-            drawn = draw(sampler, of_seeds, config.seeds, num)
+            if way in OWN and name != "DDPM":
+                continue
+            drawn = draw(config, way, of_seeds)
             row = {"sampler": way, "network": name, "evaluations": [n for _, n in drawn]}
             rows.append(row | judged(judge, [(x1, labels) for x1, _ in drawn]))
             shown.append(drawn[0][0][:20])
@@ -212,35 +224,41 @@ def table(record: dict[str, Any]) -> str:
     what = {"flow matching": "velocity, `cond_ot`", "DDPM": "noise, `vp`"}
     base = np.array(record["step_ms"]["flow matching"])
     for name, predicts in what.items():
-        bits = [run["bits_per_dim"] for run in record["runs"] if run["network"] == name]
+        runs = [run for run in record["runs"] if run["network"] == name]
+        bits = [run["bits_per_dim"] for run in runs]
+        errors = [run["bits_per_dim_standard_error"] for run in runs]
         ms = np.array(record["step_ms"][name])
         speed = f"{np.median(ms):.0f} ms, {np.median(ms / base):.2f} times as long"
-        lines.append(f"| {name} | {predicts} | {_spread(bits, 3)} | {speed} |")
+        lines.append(f"| {name} | {predicts} | {_spread(bits, errors, 3)} | {speed} |")
     return "\n".join(lines) + "\n"
 
 
 def samples(record: dict[str, Any]) -> str:
-    """Every sampler on both networks as Markdown: means, and standard deviations over seeds."""
+    """Every sampler on both networks as Markdown."""
     head = [f"{name}: {figure}" for name in NETWORKS for figure in ("FD", "accuracy")]
     lines = [f"| sampler | evaluations | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     rows = {(row["sampler"], row["network"]): row for row in record["samples"]}
     for way in dict.fromkeys(way for way, _ in rows):
-        pair = [rows[way, name] for name in NETWORKS]
-        evaluations = dict.fromkeys(f"{np.mean(row['evaluations']):.0f}" for row in pair)
-        cells = [_spread(row["fd"], 2) + f" | {np.mean(row['accuracy']):.3f}" for row in pair]
-        lines.append(f"| {way} | {', '.join(evaluations)} | {' | '.join(cells)} |")
-    floor, accuracy = record["real"]["fd"], np.mean(record["real"]["accuracy"])
-    lines.append(f"| none: real images | - | {_spread(floor, 2)} | {accuracy:.3f} | | |")
+        pair = [rows.get((way, name)) for name in NETWORKS]
+        counts = dict.fromkeys(f"{np.mean(row['evaluations']):.0f}" for row in pair if row)
+        cells = ["- | -" if row is None else _quality(row) for row in pair]
+        lines.append(f"| {way} | {', '.join(counts)} | {' | '.join(cells)} |")
+    lines.append(f"| real images | - | {_quality(record['real'])} | | |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+def _quality(row: dict[str, Any]) -> str:
+    spread = _spread(row["fd"], row["fd_standard_error"], 2)
+    return f"{spread} | {np.mean(row['accuracy']):.3f}"
+
+
+def _spread(values: list[float], errors: list[float], digits: int) -> str:
+    """The mean with the standard deviation over seeds; of one seed with its standard error."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else errors[0]
+    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def main(config: Config) -> dict[str, Any]:
-    if len(set(config.seeds)) < 2:
-        raise ValueError(f"--seeds must be two or more, for a spread; got {config.seeds}.")
     models: dict[str, list[Trained]] = {name: [] for name in NETWORKS}
     runs, kept = [], ("bits_per_dim", "bits_per_dim_standard_error", "bits_per_dim_method")
     for seed in config.seeds:
