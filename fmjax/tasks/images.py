@@ -10,6 +10,7 @@ one, for which it says "none": so it learns both branches of classifier-free gui
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -192,6 +193,8 @@ def make_task(
     model: models.UNet,
     init: Init,
     step: training.TrainStep,
+    *,
+    velocity_of: Callable[[models.UNet, Any, Any], fm.Velocity] = velocity_of,
 ) -> Task:
     """The task of an image experiment, from what differs between them.
 
@@ -201,6 +204,8 @@ def make_task(
       model: from `make_unet`.
       init: `key -> TrainState`.
       step: `(state, key, Images) -> (state, metrics)`.
+      velocity_of: `(model, params, labels) -> velocity` from the standard normal source to the
+        data, of a network that predicts something else; labels are None for no class.
     """
     training_now = config.known is None
     # Solves in training take its kernels, which are compiled in part; others XLA's own.
