@@ -25,10 +25,11 @@ import jax
 import numpy as np
 
 import fmjax as fm
-from fmjax import harness, models
+from fmjax import harness, models, plotting
 from fmjax.harness.config import mesh
+from fmjax.harness.pods import cluster
 from fmjax.harness.task import Trained
-from fmjax.tasks import intervals, snapshot_plans, snapshots
+from fmjax.tasks import intervals, snapshot_figures, snapshot_plans, snapshots
 from fmjax.training import sharding
 
 PLANNED = ("unbalanced", "sf2m-entropic")
@@ -92,8 +93,11 @@ def make_task(config: Config) -> harness.Task:
         return method.draw(key, jax.lax.with_sharding_constraint(x, replicated))
 
     def finish(trained: Trained, folder: pathlib.Path, key: jax.Array) -> dict[str, Any]:
-        moved = jax.jit(method.moved)(sharding.gathered(trained.params), key)
-        return intervals.left_out_figures(data, moved, grown)
+        params = sharding.gathered(trained.params)
+        if x.shape[-1] == 2 and cluster.is_main():
+            picture = snapshot_figures.draw_ways(data, method.velocity(params))
+            plotting.save(folder / "samples" / f"step_{trained.step:08d}.png", picture)
+        return intervals.left_out_figures(data, jax.jit(method.moved)(params, key), grown)
 
     replicated = sharding.replicated(mesh(config))
     init, step = harness.from_loss(
@@ -108,6 +112,7 @@ def make_task(config: Config) -> harness.Task:
         batch=lambda rows: x[rows],
         init=init,
         step=step,
+        velocity=lambda params, condition: method.velocity(params),
         finish=finish,
         data=lambda: data.facts,
     )

@@ -7,9 +7,9 @@ uniform in [0, 1] and t = t_k + s (t_l - t_k) a point lies on
     a bridge    x_t = (1 - s) x_k + s x_l + sigma sqrt(s (1 - s)) z,
 
 every interval as often as any other. On lines one velocity is learned. On bridges it is two fields
-(`fm.bridge_loss`), in one network: the mean slope w, in the unit of t, and z_hat. A bridge is
-solved in the interval's own time s. With time k left out the interval from k - 1 to k + 1 is twice
-as long, and its reference process sigma dB is one in s, as in the published code.
+(`fm.bridge_loss`), in one network: the mean slope w, in the unit of t, and z_hat. The equation of a
+bridge is solved in the interval's own time s. With time k left out the interval from k - 1 to k + 1
+is twice as long, and its reference process sigma dB is one in s, as in the published code.
 
 What was left out is predicted from the true cells at k - 1: they are moved to t_k by 100 Euler
 steps, along the flow or with the noise of the equation, and compared with all cells at t_k by the
@@ -33,7 +33,6 @@ from fmjax import metrics
 from fmjax.tasks.snapshots import Snapshots
 
 EULER_STEPS = 100
-START = 1e-3  # where the flow of a bridge begins: gamma' is infinite at 0
 
 
 class Method(NamedTuple):
@@ -44,12 +43,14 @@ class Method(NamedTuple):
       draw: `(key, pairs) -> sample`, all that is random in a step, of pairs `[batch, intervals, 2,
         D]`.
       loss: `(params, sample) -> [intervals * batch]`.
+      velocity: `params -> velocity` of the flow, at all times.
       moved: `(params, key) -> {sampler: [n, D]}`, the cells before the left-out time moved to it.
     """
 
     init: Callable[[jax.Array], Any]
     draw: Callable[[jax.Array, jax.Array], Any]
     loss: Callable[[Any, Any], jax.Array]
+    velocity: Callable[[Any], fm.Velocity]
     moved: Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
@@ -70,7 +71,8 @@ def on_lines(snapshots: Snapshots, model: nn.Module, coupling: fm.Coupling, sigm
         init=lambda key: model.init(key, jnp.zeros(()), jnp.zeros((1, dim))),
         draw=lambda key, x: sample_lines(key, x, ts, coupling, sigma),
         loss=lambda params, sample: fm.cfm_loss(velocity(params), sample),
-        moved=lambda params, key: move_on_lines(snapshots, velocity(params)),
+        velocity=velocity,
+        moved=lambda params, key: {"flow": move(snapshots, velocity(params))},
     )
 
 
@@ -85,14 +87,26 @@ def on_bridges(
     path, ts = fm.brownian_bridge(sigma), trained_times(snapshots)
     dim = snapshots.cells[0].shape[1]
 
+    def network(params: Any, t: jax.Array, x: jax.Array) -> Any:
+        both: Any = model.apply(params, t, jnp.tile(x, 2))  # as many channels as it gets
+        return jnp.split(both, 2, axis=1)
+
     def fields(params: Any) -> fm.BridgeFields:
-        return two_fields(functools.partial(model.apply, params), ts, path)  # pyright: ignore
+        return two_fields(functools.partial(network, params), ts, path)
+
+    def velocity(params: Any) -> fm.Velocity:
+        return bridge_velocity(functools.partial(network, params), ts, sigma)
+
+    def moved(params: Any, key: jax.Array) -> dict[str, jax.Array]:
+        noisy = move_by_noise(snapshots, fields(params), path, sigma, key)
+        return {"flow": move(snapshots, velocity(params)), "sde": noisy}
 
     return Method(
         init=lambda key: model.init(key, jnp.zeros(()), jnp.zeros((1, 2 * dim))),
         draw=lambda key, x: sample_bridges(key, x, ts, coupling, path),
         loss=lambda params, sample: fm.bridge_loss(fields(params), sample),
-        moved=lambda params, key: move_on_bridges(snapshots, fields(params), path, sigma, key),
+        velocity=velocity,
+        moved=moved,
     )
 
 
@@ -154,31 +168,51 @@ def _each(key: jax.Array, pairs: jax.Array, ts: jax.Array, coupling: fm.Coupling
         yield key_noise, coupling(key_pair, x0, x1), x1, s, ts[k] + s * width, width
 
 
-def two_fields(model: fm.Velocity, ts: jax.Array, path: fm.BridgePath) -> fm.BridgeFields:
-    """(w, z_hat) of a network over 2 D numbers; z_hat is 0 at every snapshot, as gamma is."""
+def two_fields(network: fm.BridgeFields, ts: jax.Array, path: fm.BridgePath) -> fm.BridgeFields:
+    """(w, z_hat) of a network's (w, r), with z_hat = gamma r, which is 0 at every snapshot."""
 
     def fields(t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        w, r = jnp.split(model(t, jnp.tile(x, 2)), 2, axis=1)
-        s = jnp.interp(t, ts, jnp.arange(len(ts), dtype=ts.dtype)) % 1
-        return w, path.gamma(s).reshape(-1, 1) * r
+        w, r = network(t, x)
+        return w, path.gamma(_own_time(t, ts)[0]).reshape(-1, 1) * r
 
     return fields
 
 
-def move_on_lines(snapshots: Snapshots, velocity: fm.Velocity) -> dict[str, jax.Array]:
+def bridge_velocity(network: fm.BridgeFields, ts: jax.Array, sigma: float) -> fm.Velocity:
+    """u = w + gamma' z_hat = w + (gamma^2)' r / 2, which is finite at the snapshots too."""
+
+    def velocity(t: jax.Array, x: jax.Array) -> jax.Array:
+        s, width = _own_time(t, ts)
+        _, slope = jax.jvp(lambda s: sigma**2 * s * (1 - s), (s,), (1 / width,))
+        w, r = network(t, x)
+        return w + slope.reshape(-1, 1) / 2 * r
+
+    return velocity
+
+
+def _own_time(t: jax.Array, ts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """s in its interval, and the interval's width, for t in the shape of t."""
+    k = jnp.clip(jnp.searchsorted(ts, t, side="right") - 1, 0, len(ts) - 2)
+    width = ts[k + 1] - ts[k]
+    return jnp.clip((t - ts[k]) / width, 0, 1), width
+
+
+def move(snapshots: Snapshots, velocity: fm.Velocity) -> jax.Array:
     """The cells before the left-out time, moved to it by the flow of a velocity."""
     k, ts = snapshots.left_out, snapshots.ts
-    x, times = jnp.asarray(snapshots.cells[k - 1]), {"t0": float(ts[k - 1]), "t1": float(ts[k])}
-    return {"flow": _flow(velocity, x, **times)}
+    return fm.sample(
+        velocity, jnp.asarray(snapshots.cells[k - 1]), t0=float(ts[k - 1]), t1=float(ts[k]),
+        solver=diffrax.Euler(), num_steps=EULER_STEPS,
+    )  # fmt: skip
 
 
-def move_on_bridges(
+def move_by_noise(
     snapshots: Snapshots, fields: fm.BridgeFields, path: fm.BridgePath, sigma: float, key: jax.Array
-) -> dict[str, jax.Array]:
-    """The same by the flow of a bridge and by its equation, each in the interval's own time."""
+) -> jax.Array:
+    """The same by the equation of a bridge with the noise of its reference, in its own time s."""
     k = snapshots.left_out
     begin, there, end = map(float, snapshots.ts[k - 1 : k + 2])
-    width, x = end - begin, jnp.asarray(snapshots.cells[k - 1])
+    width = end - begin
 
     def w(s: jax.Array, x: jax.Array) -> jax.Array:
         return width * fields(begin + s * width, x)[0]
@@ -186,15 +220,10 @@ def move_on_bridges(
     def z_hat(s: jax.Array, x: jax.Array) -> jax.Array:
         return fields(begin + s * width, x)[1]
 
-    noise, stop = (lambda s: sigma), (there - begin) / width
-    drift = fm.bridge_drift(path, w, z_hat, noise)
-    return {
-        "flow": _flow(fm.bridge_flow(path, w, z_hat), x, t0=START, t1=stop),
-        "sde": fm.sample_sde(key, drift, noise, x, t1=stop, num_steps=EULER_STEPS),
-    }
-
-
-_flow = functools.partial(fm.sample, solver=diffrax.Euler(), num_steps=EULER_STEPS)
+    return fm.sample_sde(
+        key, fm.bridge_drift(path, w, z_hat, lambda s: sigma), lambda s: sigma,
+        jnp.asarray(snapshots.cells[k - 1]), t1=(there - begin) / width, num_steps=EULER_STEPS,
+    )  # fmt: skip
 
 
 def left_out_figures(
