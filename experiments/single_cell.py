@@ -58,17 +58,14 @@ class Config(snapshots.SnapshotConfig):
 
 
 def make_pairs(config: Config, data: snapshots.Snapshots) -> tuple[np.ndarray, Any]:
-    """Pairs to draw batches from, and what the cells before the left-out time grew to, if known."""
+    """Pairs to draw batches from, and what the cells before the left-out time grew to, or None."""
     if config.method not in PLANNED:
         return snapshots.in_step(data, config.seed), None
-    epsilon, tau0 = config.epsilon, config.tau
-    if config.method == "sf2m-entropic":
-        epsilon, tau0 = 2 * noise(config) ** 2, math.inf
-    plans = snapshot_plans.solve_plans(
-        data, epsilon, tau0, most=config.plan_cells, seed=config.seed
-    )
-    pairs = snapshot_plans.pairs_of_plans(data, plans, 32 * data.facts["num_examples"], config.seed)
-    return pairs, snapshot_plans.growth(data, plans) if config.method == "unbalanced" else None
+    entropic = config.method == "sf2m-entropic"
+    cost = (2 * noise(config) ** 2, math.inf) if entropic else (config.epsilon, config.tau)
+    num, most = 32 * data.facts["num_examples"], config.plan_cells
+    pairs, grown = snapshot_plans.planned(data, *cost, most=most, num=num, seed=config.seed)
+    return pairs, None if entropic else grown
 
 
 def make_method(config: Config, data: snapshots.Snapshots, model: nn.Module) -> intervals.Method:

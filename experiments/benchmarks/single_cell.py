@@ -64,7 +64,7 @@ class Config:
     chunk_steps: int = 250
     """Steps per dispatch."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Which are trained."""
+    """Which are trained; the record holds these alone."""
     record: pathlib.Path | None = None
     """A JSON file for the figures, such as experiments/benchmarks/results/single_cell.json."""
 
@@ -131,46 +131,58 @@ def run_cell(config: Config, file: str, leave_out: int, name: str) -> dict[str, 
     }
 
 
-def rows(record: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every figure of the table: where, what, ours and torchcfm's over seeds."""
-    found = []
+def figures_of(record: dict[str, Any], theirs: dict[str, Any]) -> dict[Any, list[list[float]]]:
+    """(row's label, file, time) -> the figures of fmjax and of torchcfm over seeds."""
+    found = {}
     for cell in record["cells"]:
-        runs = [
-            run for run in theirs["runs"]
-            if all(run[n] == cell[n] for n in ("file", "leave_out", "method"))
-        ]  # fmt: skip
+        names = ("file", "leave_out", "method")
+        runs = [run for run in theirs["runs"] if all(run[n] == cell[n] for n in names)]
         label, *figures = METHODS[cell["method"]]
         for name in figures:
-            found.append({
-                "where": (cell["file"], cell["leave_out"], cell["w1_still"]),
-                "what": label + WORDS[name],
-                "ours": cell[name],
-                "theirs": [run[name] for run in runs if name in run],
-            })  # fmt: skip
+            other = [run[name] for run in runs if name in run]
+            found[label + WORDS[name], cell["file"], cell["leave_out"]] = [cell[name], other]
     return found
 
 
 def table(record: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Markdown: a row for each left-out time, method and sampler; bold where they differ."""
-    lines = ["| cells | left out | method | fmjax | torchcfm |", "|---|---|---|---|---|"]
-    seen = set()
-    for row in rows(record, theirs):
-        file, time_out, still = row["where"]
-        if row["where"] not in seen:
-            lines.append(f"| {file} | {time_out} | left where they were | {still:.3f} | - |")
-        seen.add(row["where"])
-        ours, other = map(mean_and_deviation, (row["ours"], row["theirs"]))
-        apart = differs(row)
-        note = f" ({apart:+.1f} s.e.)" if apart and abs(apart) > 2 else ""
-        lines.append(f"| {file} | {time_out} | {row['what']} | {ours}{note} | {other} |")
+    """Markdown: two rows for each method and sampler, a column for each left-out time.
+
+    A star marks cells of fmjax that differ from torchcfm's by more than two standard errors.
+    """
+    places = [(file, k) for file, times in FILES.items() for k in times]
+    found = figures_of(record, theirs)
+    still = {(cell["file"], cell["leave_out"]): cell["w1_still"] for cell in record["cells"]}
+    lines = ["| method | by | " + " | ".join(f"{file}, {k}" for file, k in places) + " |"]
+    lines.append("|---|---|" + "---|" * len(places))
+    lines.append(
+        "| left where they were | - | " + " | ".join(_still(still, p) for p in places) + " |"
+    )
+    for label in dict.fromkeys(label for label, *_ in found):
+        both = [found.get((label, *place), [[], []]) for place in places]
+        ours = [mean_and_deviation(of[0]) + "*" * _is_apart(*of) for of in both]
+        lines.append(f"| {label} | fmjax | " + " | ".join(ours) + " |")
+        if any(of[1] for of in both):
+            other = [mean_and_deviation(of[1]) for of in both]
+            lines.append(f"| {label} | torchcfm | " + " | ".join(other) + " |")
     return "\n".join(lines) + "\n"
 
 
-def differs(row: dict[str, Any]) -> float | None:
-    """Ours less torchcfm's in standard errors of the difference; None where there is no spread."""
-    if min(len(row["ours"]), len(row["theirs"])) < 2:
-        return None
-    return standard_errors_apart(row["ours"], row["theirs"])
+def differing(record: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """A line for each cell with a star."""
+    return "".join(
+        f"- {file}, {k}, {label}: {mean_and_deviation(ours)} against {mean_and_deviation(other)}, "
+        f"{standard_errors_apart(ours, other):+.1f} standard errors.\n"
+        for (label, file, k), (ours, other) in figures_of(record, theirs).items()
+        if _is_apart(ours, other)
+    )
+
+
+def _still(still: dict[Any, float], place: Any) -> str:
+    return f"{still[place]:.3f}" if place in still else "-"
+
+
+def _is_apart(ours: list[float], theirs: list[float]) -> bool:
+    return min(len(ours), len(theirs)) > 1 and abs(standard_errors_apart(ours, theirs)) > 2
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -184,13 +196,15 @@ def main(config: Config) -> dict[str, Any]:
         for file, times in FILES.items()
         for k in times
     ]
-    cells.sort(key=lambda cell: (list(FILES).index(cell["file"]), cell["leave_out"]))
     record = environment() | {
         "config": {"seeds": list(config.seeds), "num_steps": config.num_steps,
                    "batch_size": config.batch_size},
         "cells": cells,
     }  # fmt: skip
-    print(table(record, json.loads(RECORDED.read_text()) if RECORDED.exists() else {"runs": []}))
+    theirs = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"runs": []}
+    print(table(record, theirs))
+    print("More than two standard errors apart, fmjax against torchcfm:\n")
+    print(differing(record, theirs) or "None.")
     if config.record is not None:
         write_json(config.record, record)
     return record

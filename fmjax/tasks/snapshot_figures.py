@@ -23,19 +23,19 @@ def draw_ways(snapshots: Snapshots, velocity: fm.Velocity) -> np.ndarray:
       velocity: the flow, at all times.
 
     Returns:
-      A picture, uint8 `[510, 1020, 3]`.
+      A picture, uint8 `[370, 850, 3]`.
     """
     x0, ts = snapshots.cells[0], jnp.linspace(0.0, 1.0, NUM_TIMES)
     some = x0[np.random.default_rng(0).permutation(len(x0))]
     x = np.asarray(jax.jit(lambda x: fm.integrate(velocity, x, ts=ts).x)(jnp.asarray(some)))
-    figure = Figure(figsize=(8.5, 4.25), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.5, 3.7), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     colours = matplotlib.colormaps[COLOURS]
     for k, (cells, t) in enumerate(zip(snapshots.cells, snapshots.ts, strict=True)):
         name = f"time {k}, left out" if k == snapshots.left_out else f"time {k}"
-        left.scatter(*cells.T, s=2, color=colours(0.9 * t), linewidths=0, label=name, alpha=0.6)
+        left.scatter(*cells.T, s=1.5, color=colours(0.9 * t), linewidths=0, label=name, alpha=0.6)
         moved = x[round(float(t) * (NUM_TIMES - 1))]
-        right.scatter(*moved.T, s=2, color=colours(0.9 * t), linewidths=0, alpha=0.6)
+        right.scatter(*moved.T, s=1.5, color=colours(0.9 * t), linewidths=0, alpha=0.6)
     right.plot(x[:, :NUM_WAYS, 0], x[:, :NUM_WAYS, 1], color=GREY, lw=0.4, alpha=0.7, zorder=0)
     left.legend(loc="best", frameon=False, markerscale=4)
     left.set_title("cells as measured")

@@ -33,6 +33,14 @@ class Plan(NamedTuple):
     mass: np.ndarray
 
 
+def planned(
+    snapshots: Snapshots, epsilon: float, tau0: float, *, most: int, num: int, seed: int
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`num` pairs of the plans of `solve_plans`, and `growth` by them."""
+    plans = solve_plans(snapshots, epsilon, tau0, most=most, seed=seed)
+    return pairs_of_plans(snapshots, plans, num, seed), growth(snapshots, plans)
+
+
 def solve_plans(
     snapshots: Snapshots, epsilon: float, tau0: float, *, most: int, seed: int
 ) -> list[Plan]:
