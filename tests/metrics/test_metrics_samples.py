@@ -266,11 +266,29 @@ def test_wasserstein1_is_the_linear_programs_and_no_rectangular_assignment():
     assert cost[optimize.linear_sum_assignment(cost)].mean() < 0.8 * want
 
 
+def test_wasserstein1_with_weights_is_that_of_repeated_points():
+    x, y = rng(4).normal(size=(6, 2)), rng(5).normal(size=(6, 2)) + 1
+    want = metrics.wasserstein1(np.repeat(x, [3, 1, 0, 2, 1, 1], axis=0), y)
+    found = metrics.wasserstein1(x, y, weights=[6, 2, 0, 4, 2, 2])
+    np.testing.assert_allclose(found, want, rtol=1e-9)
+    assert abs(found - metrics.wasserstein1(x, y)) > 0.03
+    for weights, got in (
+        ([1.0], r"weights must be \[6\].*got \(1,\)"),
+        ([0.0] * 6, "not all zero; got zeros alone"),
+        ([1, 1, -2, 1, 1, 1], "0 or more.*got -2"),
+        ([1, 1, np.nan, 1, 1, 1], "finite.*got nan"),
+    ):
+        with pytest.raises(ValueError, match=got):
+            metrics.wasserstein1(x, y, weights=weights)
+
+
 def test_without_pot_equal_sizes_are_measured_and_others_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     assert metrics.wasserstein1([[0.0], [3.0]], [[1.0], [2.0]]) == 1
     with pytest.raises(ValueError, match=r"got shapes \(2, 1\) and \(1, 1\).*'fmjax\[ot\]'"):
         metrics.wasserstein1([[0.0], [3.0]], [[1.0]])
+    with pytest.raises(ValueError, match="no weights, where POT is not installed"):
+        metrics.wasserstein1([[0.0], [3.0]], [[1.0], [2.0]], weights=[1.0, 3.0])
 
 
 def test_energy_distance_is_the_formulas_and_sees_a_variance():
