@@ -104,7 +104,7 @@ def entropic(
 
 @functools.partial(jax.jit, static_argnames="sigma")
 def pair_chunk(keys: jax.Array, x0: jax.Array, x1: jax.Array, sigma: float) -> jax.Array:
-    """x0 of a chunk, `[steps, seeds, batch, 2]`, drawn by the plan of each batch; keys `[seeds]`."""
+    """x0 `[steps, seeds, batch, 2]`, drawn by the plan of each batch; keys `[seeds]`."""
     coupling = fm.sinkhorn(2 * sigma**2, max_iterations=20_000)
     # One after another: side by side, all would take as many iterations as the slowest.
     keys = jax.vmap(lambda key: jax.random.split(key, len(x0)), out_axes=1)(keys).reshape(-1)
@@ -114,7 +114,7 @@ def pair_chunk(keys: jax.Array, x0: jax.Array, x1: jax.Array, sigma: float) -> j
 
 @functools.partial(jax.jit, static_argnames=("seeds", "sigma"))
 def sample_all(seeds: tuple[int, ...], params: Any, x0: jax.Array, sigma: float) -> jax.Array:
-    """SF2M's Schroedinger bridge at t = 1 in 100 Euler steps: stacked params, x0 `[seeds, n, 2]`."""
+    """SF2M's equation solved to t = 1 in 100 Euler steps: stacked params, x0 `[seeds, n, 2]`."""
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))(jnp.array(seeds))
     path = fm.brownian_bridge(sigma)
 

@@ -132,6 +132,6 @@ def solve_all(
     times: tuple[float, float],
 ) -> jax.Array:
     """`[seeds, 101, batch, 3]`, from stacked parameters and x0 `[seeds, batch, 2]`."""
-    return jax.vmap(
-        lambda params, x0: solve(functools.partial(velocity, params), x0, times=times)
-    )(params, x0)
+    return jax.vmap(lambda params, x0: solve(functools.partial(velocity, params), x0, times=times))(
+        params, x0
+    )
