@@ -52,7 +52,8 @@ def fields(path: fm.BridgePath, params: Any, t: jax.Array, x: jax.Array) -> Any:
     """(w, z_hat) of one network of twice the channels."""
     both: Any = MODEL.apply(params, t, jnp.tile(x, 2))  # as many channels come out as go in
     w, r = jnp.split(both, 2, axis=1)
-    return w, jnp.reshape(path.gamma(t), (-1, 1)) * r  # z_hat is 0 at both ends, as gamma is
+    shape = path.gamma(t) / path.gamma(jnp.array(0.5))
+    return w, jnp.reshape(shape, (-1, 1)) * r  # z_hat is 0 at both ends, as gamma is
 
 
 def split(path: fm.BridgePath, params: Any) -> tuple[fm.Velocity, fm.Velocity]:

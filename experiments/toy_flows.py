@@ -120,7 +120,9 @@ def solve(
 
     state = jnp.concatenate([x0, jnp.zeros_like(x0[:, :1])], axis=1)
     ts = jnp.linspace(*times, num_steps + 1)
-    return fm.integrate(augmented, state, ts=ts, solver=Euler(), num_steps=num_steps).x
+    return fm.integrate(
+        augmented, state, t0=times[0], t1=times[1], ts=ts, solver=Euler(), num_steps=num_steps
+    ).x
 
 
 @functools.partial(jax.jit, static_argnames=("velocity", "times"))
