@@ -1,4 +1,4 @@
-"""The 2-D table of Tong et al. (arXiv 2302.00482): OT-CFM, I-CFM and FM on four pairs.
+"""The 2-D table of Tong et al. (arXiv 2302.00482): flows and bridges on four pairs.
 
     python -m experiments.toy_table
 
@@ -12,7 +12,8 @@ over the seeds of
 beside torchcfm's under the same protocol, as `experiments.benchmarks.toy_table_torchcfm` recorded
 it, and lists the cells that differ by more than two standard errors.
 
-Methods, all on x_t = t x1 + (1 - t) x0 + noise, with noise of deviation sigma = 0.1:
+Methods, all on x_t = t x1 + (1 - t) x0 + noise. SB-CFM, SF2M and the interpolant are in
+`experiments.toy_bridges`, with what NPE says of them; the others have noise of deviation 0.1:
 
     I-CFM   x0 and x1 as drawn; u_t = x1 - x0
     OT-CFM  the batch paired by exact optimal transport; u_t = x1 - x0
@@ -65,7 +66,7 @@ PROTOCOL = ("num_steps", "batch_size", "num_train", "num_test", "sigma", "bridge
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """OT-CFM, I-CFM and FM on four pairs of distributions in the plane."""
+    """Flow matching and bridges on four pairs of distributions in the plane."""
 
     workdir: pathlib.Path = pathlib.Path("runs/toy_table")
     """Run folder. Started again in the same folder, the command does the cells that are missing."""
@@ -80,7 +81,7 @@ class Config:
     num_test: int = 1_000
     """Test points of each distribution."""
     sigma: float = 0.1
-    """Deviation of the noise on the path."""
+    """Deviation of the noise on the path of the other methods."""
     bridge_sigma: float = 1.0
     """Noise of SB-CFM, SF2M and the interpolant, in units of the source's deviation."""
     chunk_steps: int = 500
