@@ -87,7 +87,7 @@ PAIRS = {
     "gaussian-scurve": Pair(gaussian, s_curve),
 }
 
-DEVIATIONS = {gaussian: 1.0, wide_moons: 7.0}
+DEVIATIONS: dict[Sampler, float] = {gaussian: 1.0, wide_moons: 7.0}
 """Of the sources, over both coordinates at once."""
 
 

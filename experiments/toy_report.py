@@ -83,7 +83,7 @@ def _by_sampler(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _excess(results: list[dict[str, Any]], squared_distance: float) -> np.ndarray:
     """NPE of every seed; empty where there is no path energy."""
     energies = [result["path_energy"] for result in results if result["path_energy"] is not None]
-    return path_energy_excess(np.array(energies).ravel(), squared_distance)
+    return path_energy_excess(np.ravel(energies).tolist(), squared_distance)
 
 
 def _row(cell: dict[str, Any], runs: list[dict[str, Any]], squared_distance: float) -> str:
