@@ -87,6 +87,9 @@ PAIRS = {
     "gaussian-scurve": Pair(gaussian, s_curve),
 }
 
+DEVIATIONS: dict[Sampler, float] = {gaussian: 1.0, wide_moons: 7.0}
+"""Of the sources, over both coordinates at once."""
+
 
 def generator(pair: str, seed: int, purpose: int) -> np.random.Generator:
     """Numbers that depend on nothing else: no seed's draws know of the other seeds in a run."""

@@ -43,6 +43,7 @@ def markdown(
     pairs: list[dict[str, Any]], cells: list[dict[str, Any]], recorded: list[dict[str, Any]]
 ) -> str:
     """The table of fmjax's cells beside torchcfm's recorded runs, and the cells that differ."""
+    cells, recorded = _by_sampler(cells), _by_sampler(recorded)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     differing = []
     for pair in pairs:
@@ -64,12 +65,33 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def _by_sampler(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """SF2M's as two: of its flow, and of its equation, which has no path energy."""
+    rows = []
+    for result in results:
+        if "sde_wasserstein2" in result:
+            name, sde = result["method"], result["sde_wasserstein2"]
+            rows.append(result | {"method": f"{name}, flow"})
+            rows.append(
+                result | {"method": f"{name}, SDE", "wasserstein2": sde, "path_energy": None}
+            )
+        else:
+            rows.append(result)
+    return rows
+
+
+def _excess(results: list[dict[str, Any]], squared_distance: float) -> np.ndarray:
+    """NPE of every seed; empty where there is no path energy."""
+    energies = [result["path_energy"] for result in results if result["path_energy"] is not None]
+    return path_energy_excess(np.ravel(energies).tolist(), squared_distance)
+
+
 def _row(cell: dict[str, Any], runs: list[dict[str, Any]], squared_distance: float) -> str:
     columns = [cell["pair"], cell["method"]]
     for values in (cell["wasserstein2"], [run["wasserstein2"] for run in runs]):
         columns.append(mean_and_deviation(values))
-    for values in (cell["path_energy"], [run["path_energy"] for run in runs]):
-        columns.append(mean_and_deviation(path_energy_excess(values, squared_distance)))
+    for results in ([cell], runs):
+        columns.append(mean_and_deviation(_excess(results, squared_distance)))
     return "| " + " | ".join(columns) + " |"
 
 
@@ -84,11 +106,13 @@ def _differences(
     """A line for each quantity that is more than two standard errors apart."""
     if len(runs) < 2:
         return []
-    theirs = {name: [run[name] for run in runs] for name in ("wasserstein2", "path_energy")}
-    excess = [path_energy_excess(x["path_energy"], squared_distance) for x in (cell, theirs)]
-    both_of = {"W2": (cell["wasserstein2"], theirs["wasserstein2"]), "NPE": (excess[0], excess[1])}
+    excess = [_excess(results, squared_distance) for results in ([cell], runs)]
+    theirs = [run["wasserstein2"] for run in runs]
+    both_of = {"W2": (cell["wasserstein2"], theirs), "NPE": (excess[0], excess[1])}
     lines = []
     for name, (ours, others) in both_of.items():
+        if not len(ours):
+            continue
         apart = standard_errors_apart(ours, others)
         if abs(apart) > 2.0:
             both = " against ".join(mean_and_deviation(values) for values in (ours, others))

@@ -1,4 +1,4 @@
-"""The 2-D table of Tong et al. (arXiv 2302.00482): OT-CFM, I-CFM and FM on four pairs.
+"""The 2-D table of Tong et al. (arXiv 2302.00482): flows and bridges on four pairs.
 
     python -m experiments.toy_table
 
@@ -12,7 +12,8 @@ over the seeds of
 beside torchcfm's under the same protocol, as `experiments.benchmarks.toy_table_torchcfm` recorded
 it, and lists the cells that differ by more than two standard errors.
 
-Methods, all on x_t = t x1 + (1 - t) x0 + noise, with noise of deviation sigma = 0.1:
+Methods, all on x_t = t x1 + (1 - t) x0 + noise. SB-CFM, SF2M and the interpolant are in
+`experiments.toy_bridges`, with what NPE says of them; the others have noise of deviation 0.1:
 
     I-CFM   x0 and x1 as drawn; u_t = x1 - x0
     OT-CFM  the batch paired by exact optimal transport; u_t = x1 - x0
@@ -52,7 +53,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import toy_data, toy_flows, toy_report
+from experiments import toy_bridges, toy_data, toy_flows, toy_report
 from fmjax.harness import command
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.records import environment, make_folder, write_json, write_text, writing
@@ -60,12 +61,12 @@ from fmjax.metrics.transport import wasserstein2
 
 RECORDED = pathlib.Path(__file__).parent / "benchmarks" / "results" / "toy_table_torchcfm.json"
 # What fmjax's and torchcfm's runs must share.
-PROTOCOL = ("num_steps", "batch_size", "num_train", "num_test", "sigma")
+PROTOCOL = ("num_steps", "batch_size", "num_train", "num_test", "sigma", "bridge_sigma")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """OT-CFM, I-CFM and FM on four pairs of distributions in the plane."""
+    """Flow matching and bridges on four pairs of distributions in the plane."""
 
     workdir: pathlib.Path = pathlib.Path("runs/toy_table")
     """Run folder. Started again in the same folder, the command does the cells that are missing."""
@@ -80,7 +81,9 @@ class Config:
     num_test: int = 1_000
     """Test points of each distribution."""
     sigma: float = 0.1
-    """Deviation of the noise on the path."""
+    """Deviation of the noise on the path of the other methods."""
+    bridge_sigma: float = 1.0
+    """Noise of SB-CFM, SF2M and the interpolant, in units of the source's deviation."""
     chunk_steps: int = 500
     """Steps per dispatch, whose random numbers are drawn together."""
     reference_draws: int = 64
@@ -101,9 +104,16 @@ def cells() -> list[tuple[str, str]]:
     return [
         (pair, method)
         for pair in toy_data.PAIRS
-        for method in toy_flows.METHODS
+        for method in (*toy_flows.METHODS, *toy_bridges.METHODS)
         if method != "FM" or toy_data.PAIRS[pair].source is toy_data.gaussian
     ]
+
+
+def noise(config: Config, pair: str, method: str) -> float:
+    """sigma of a cell: that of a bridge is in units of the source's deviation."""
+    if method in toy_bridges.METHODS:
+        return config.bridge_sigma * toy_data.DEVIATIONS[toy_data.PAIRS[pair].source]
+    return config.sigma
 
 
 def run_cell(config: Config, pair: str, method: str) -> dict[str, Any]:
@@ -111,25 +121,32 @@ def run_cell(config: Config, pair: str, method: str) -> dict[str, Any]:
     splits = [
         toy_data.split(pair, seed, config.num_train, config.num_test) for seed in config.seeds
     ]
+    make = toy_bridges.make if method in toy_bridges.METHODS else toy_flows.make
+    sigma = noise(config, pair, method)
+    made = make(method, sigma)
     began = time.perf_counter()
     chunks = toy_data.batches(
         pair,
         config.seeds,
         [train for train, _ in splits],
-        toy_flows.METHODS[method],
+        made.pairing,
         num_steps=config.num_steps,
         chunk_steps=config.chunk_steps,
         batch_size=config.batch_size,
     )
-    params, losses = toy_flows.train(config.seeds, chunks, method=method, sigma=config.sigma)
+    if method in ("SB-CFM", "SF2M"):
+        chunks = toy_bridges.entropic(config.seeds, chunks, sigma)
+    params, losses = toy_flows.train(config.seeds, chunks, made)
     seconds = time.perf_counter() - began
     tests = np.stack([test for _, test in splits])
-    trajectories = np.asarray(toy_flows.solve_all(params, tests[:, 0]))
+    trajectories = np.asarray(
+        toy_flows.solve_all(params, tests[:, 0], velocity=made.velocity, times=made.times)
+    )
     ends, energies = trajectories[:, -1, :, :2], trajectories[:, -1, :, 2]
     toy_report.save_flow(
         config.workdir / f"{pair}_{method}.png", tests[0, 1], trajectories[0, ..., :2]
     )
-    return {
+    result = {
         "pair": pair,
         "method": method,
         "wasserstein2": [wasserstein2(x, y) for x, y in zip(ends, tests[:, 1], strict=True)],
@@ -137,7 +154,12 @@ def run_cell(config: Config, pair: str, method: str) -> dict[str, Any]:
         "last_loss": losses[-config.chunk_steps :].mean(axis=0, dtype=np.float64).tolist(),
         "training_seconds": round(seconds, 1),
         "load_average": os.getloadavg()[1],
+        "date": datetime.date.today().isoformat(),
     }
+    if method == "SF2M":
+        samples = np.asarray(toy_bridges.sample_all(config.seeds, params, tests[:, 0], sigma))
+        result["sde_wasserstein2"] = list(map(wasserstein2, samples, tests[:, 1]))
+    return result
 
 
 def run_pair(config: Config, pair: str) -> dict[str, Any]:

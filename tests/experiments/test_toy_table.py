@@ -158,7 +158,7 @@ def test_seeds_side_by_side_train_as_alone():
             "gaussian-moons", seeds, trains, toy_data.exact,
             num_steps=20, chunk_steps=10, batch_size=32,
         )  # fmt: skip
-        return toy_flows.train(seeds, chunks, method="OT-CFM", sigma=0.1)
+        return toy_flows.train(seeds, chunks, toy_flows.make("OT-CFM", 0.1))
 
     params, losses = train((0, 7))
     alone, alone_losses = train((7,))
@@ -185,11 +185,11 @@ def test_the_command_repeats_and_goes_on(tmp_path, capsys, monkeypatch):
     whole = toy_table.main(tiny(tmp_path / "whole"))
     table = capsys.readouterr().out
     assert [(cell["pair"], cell["method"]) for cell in whole["cells"]] == toy_table.cells()
-    assert len(whole["cells"]) == 5  # no FM from moons
+    assert len(whole["cells"]) == 11  # no FM from moons
     for cell in whole["cells"]:
         assert len(cell["wasserstein2"]) == len(cell["path_energy"]) == 2
         assert np.isfinite(cell["wasserstein2"] + cell["path_energy"]).all()
-        assert f"| {cell['pair']} | {cell['method']} | " in table
+        assert f"| {cell['pair']} | {cell['method']}" in table
         assert (tmp_path / "whole" / f"{cell['pair']}_{cell['method']}.png").stat().st_size > 5000
     assert "no such file is not there" in table and "±" in table
     assert (
@@ -254,6 +254,22 @@ def test_cells_that_differ_are_listed():
         run["wasserstein2"] = w
     assert "None." in toy_report.markdown(pairs, cells, runs)
     assert "apart" not in toy_report.markdown(pairs, cells, [])  # nothing was compared
+
+
+def test_two_samplers_of_one_training_are_two_rows():
+    pair = {"pair": "p", "squared_distance": 2.0, "squared_distance_standard_error": 0.1}
+    pair["data_to_data_wasserstein2"] = [0.1, 0.3]
+    cell = {"pair": "p", "method": "SF2M", "path_energy": [3.0, 5.0], "wasserstein2": [1.0, 2.0]}
+    cell["sde_wasserstein2"] = [0.5, 0.7]
+    runs = [
+        {"pair": "p", "method": "SF2M", "path_energy": e, "wasserstein2": w, "sde_wasserstein2": s}
+        for e, w, s in ((3.0, 1.0, 4.5), (5.0, 2.0, 4.7))
+    ]
+    text = toy_report.markdown([pair], [cell], runs)
+    assert "| SF2M, flow | 1.500 ± 0.707 | 1.500 ± 0.707 | 1.000 ± 0.707 | 1.000 ± 0.707 |" in text
+    assert "| SF2M, SDE | 0.600 ± 0.141 | 4.600 ± 0.141 | - | - |" in text
+    assert "- p, SF2M, SDE, W2: 0.600 ± 0.141 against 4.600 ± 0.141, -28.3 standard errors." in text
+    assert text.count("standard errors.") == 1  # the flow's are equal
 
 
 def test_torchcfm_runs_under_another_protocol_are_left_out(tmp_path, capsys):
