@@ -64,6 +64,7 @@ EXPERIMENTS = {
     "experiments": {
         "data",
         "evaluation",
+        "fmjax",
         "harness",
         "metrics",
         "models",
@@ -77,6 +78,7 @@ EXPERIMENTS = {
         "data",
         "evaluation",
         "harness",
+        "metrics",
         "models",
         "plotting",
         "solve",
