@@ -202,28 +202,36 @@ def test_the_flow_and_the_equation_of_a_bridge_have_its_variance_at_the_left_out
     [pytest.param(m, marks=pytest.mark.slow) for m in ("i-cfm", "sf2m-entropic")],
 )
 def test_trained_methods_predict_the_moments_of_their_interpolation(method, sampler):
-    """On 2,000 cells of the rotating process: the middle of the outer means; the variance
+    """On 2,000 cells of the rotating process, four seeds: the middle of the outer means; variance
     1/2 + sigma^2 of independent pairs, or that of the Schroedinger bridge."""
     if method == "i-cfm" and sampler == "sde":
         pytest.skip("lines have no noise")
     moved, middle, variance = trained(method)
     x = np.asarray(moved[sampler], np.float64)
-    np.testing.assert_allclose(x.mean(0), middle, atol=0.06)  # of deviation 1
-    np.testing.assert_allclose(x.var(0).mean(), variance, rtol=0.08)
+    # What training leaves, of a deviation of about 1; the equation's noise adds its standard error.
+    drawn = 4 / math.sqrt(len(x)) if sampler == "sde" else 0
+    np.testing.assert_allclose(x.mean(0), middle, atol=0.06 + drawn * math.sqrt(variance))
+    np.testing.assert_allclose(x.var(0).mean(), variance, rtol=0.08 + drawn)
 
 
 @functools.cache
 def trained(method):
     means, data = stationary(2000)
     sigma = {"i-cfm": 0.1, "sf2m-entropic": SIGMA}[method]
-    flags = single_cell.Config(data=pathlib.Path("none.npz"), method=method, sigma=sigma)
+    flags = single_cell.Config(
+        data=pathlib.Path("none.npz"), method=method, sigma=sigma, plan_cells=2000
+    )
     learn = single_cell.make_method(flags, data, table.MODEL)
     pairs, _ = single_cell.make_pairs(flags, data)
-    config = table.Config(seeds=(0,), num_steps=1500, batch_size=512, chunk_steps=500)
-    params, _ = table.train(config, learn, [pairs])
-    moved = jax.jit(jax.vmap(learn.moved))(params, jax.random.split(jax.random.key(0), 1))
+    config = table.Config(seeds=(0, 1, 2, 3), num_steps=1500, batch_size=128, chunk_steps=500)
+    params, _ = table.train(config, learn, [pairs] * 4)
+    moved = jax.jit(jax.vmap(learn.moved))(params, jax.random.split(jax.random.key(0), 4))
     variance = {"i-cfm": 0.5 + sigma**2, "sf2m-entropic": 0.5 + BOTH / 4}
-    return {n: x[0] for n, x in moved.items()}, (means[0] + means[2]) / 2, variance[method]
+    return (
+        {n: x.reshape(-1, 2) for n, x in moved.items()},
+        (means[0] + means[2]) / 2,
+        variance[method],
+    )
 
 
 def test_pairs_of_a_plan_are_drawn_in_its_proportions():
