@@ -13,13 +13,13 @@ from .affine import AffinePath as AffinePath
 from .affine import sample_path as sample_path
 from .ancestral import ancestral_diffusion as ancestral_diffusion
 from .ancestral import ancestral_drift as ancestral_drift
+from .bridge_drifts import bridge_drift as bridge_drift
+from .bridge_drifts import bridge_flow as bridge_flow
+from .bridge_drifts import bridge_score as bridge_score
 from .bridges import BridgeFields as BridgeFields
 from .bridges import BridgePath as BridgePath
 from .bridges import BridgeSample as BridgeSample
-from .bridges import bridge_drift as bridge_drift
-from .bridges import bridge_flow as bridge_flow
 from .bridges import bridge_loss as bridge_loss
-from .bridges import bridge_score as bridge_score
 from .bridges import brownian_bridge as brownian_bridge
 from .bridges import sample_bridge as sample_bridge
 from .change import change_path as change_path

@@ -10,32 +10,19 @@ minimum of a regression (`bridge_loss`):
 
     w(t, x) = E[alpha' x1 + sigma' x0 | x_t = x],      z_hat(t, x) = E[z | x_t = x].
 
-All else follows from them. For any diffusion g(t) >= 0, with the score s = -z_hat / gamma of x_t:
+All else follows from them (`bridge_flow`, `bridge_score`, `bridge_drift`): the conditional velocity
+of a whole bridge is nowhere needed.
 
-    flow            dx = u dt                      u = w + gamma' z_hat
-    forwards        dx = (u + g^2 s / 2) dt + g dB     = w + ((gamma^2)' - g^2) / (2 gamma) z_hat
-    backwards       dx = (u - g^2 s / 2) dt + g dB     = w + ((gamma^2)' + g^2) / (2 gamma) z_hat
+The Brownian bridge of the reference sigma dB has gamma^2 = sigma^2 t (1 - t). Where the pairs are
+those of the entropic optimal transport of cost |x0 - x1|^2 at epsilon = 2 sigma^2 its equation is
+the Schroedinger bridge (Tong et al. 2023); with other pairs it is not, though its marginals are
+right.
 
-The flow and both equations, the last solved from t = 1 to t = 0, have the marginals of x_t. The
-conditional velocity of a whole bridge is nowhere needed.
-
-The Brownian bridge of the reference sigma dB has gamma^2 = sigma^2 t (1 - t). With g = sigma its
-equation is the Markovian projection of the bridges between the pairs, one step of iterative
-Markovian fitting (Shi et al. 2023). Where the pairs are those of the entropic optimal transport of
-cost |x0 - x1|^2 at epsilon = 2 sigma^2 it is the Schroedinger bridge (Tong et al. 2023); with other
-pairs it is not, though its marginals are right.
-
-At the ends of a Brownian bridge z_hat tends to 0 as gamma does, and gamma' to infinity. What begins
-there with the matching diffusion, g^2 = |(gamma^2)'|, does not see z_hat at all: its coefficient is
-0. Elsewhere within `NEAREST` of an end a drift is that at `NEAREST` from it.
-
-Sources: Albergo, Boffi and Vanden-Eijnden 2023, arXiv 2303.08797 (interpolants, the two fields,
-the score and the equations for any diffusion); Tong et al. 2023, arXiv 2307.03672 (score and flow
-from entropic pairs); Shi et al. 2023, arXiv 2303.16852 (iterative Markovian fitting).
+Sources: Albergo, Boffi and Vanden-Eijnden 2023, arXiv 2303.08797 (interpolants, the two fields);
+Tong et al. 2023, arXiv 2307.03672 (score and flow from entropic pairs).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -43,24 +30,16 @@ import jax.numpy as jnp
 
 from ..types import (
     PathSample,
-    Velocity,
     as_batch,
     at_least_float32,
     broadcast_time,
     check_same_shape,
-    checked,
     is_concrete,
     kind,
     returned,
     wider,
 )
-from .affine import AffinePath, Schedule, as_time, coefficient, refuse_singular, schedule
-
-NEAREST = 1e-5
-"""How near to t = 0 and t = 1 a drift is evaluated."""
-
-
-FIX = "The equation of bridge_drift is solved from end to end."
+from .affine import AffinePath, Schedule, coefficient, refuse_singular, schedule
 
 
 class BridgePath(NamedTuple):
@@ -156,8 +135,8 @@ def sample_bridge(
     z = jax.random.normal(key, x1.shape, wider(x1.dtype, jnp.float32))
     gamma = coefficient("gamma", path.gamma, t)
     dtype = x1.dtype
-    x_t = _sum((alpha, x1), (sigma, x0), (gamma, z)).astype(dtype)
-    mean_dot = _sum((alpha_dot, x1), (sigma_dot, x0)).astype(dtype)
+    x_t = weighted_sum((alpha, x1), (sigma, x0), (gamma, z)).astype(dtype)
+    mean_dot = weighted_sum((alpha_dot, x1), (sigma_dot, x0)).astype(dtype)
     return BridgeSample(PathSample(t, x_t, mean_dot), PathSample(t, x_t, z.astype(dtype)))
 
 
@@ -204,132 +183,6 @@ def bridge_loss(fields: BridgeFields, bridge_sample: BridgeSample) -> jax.Array:
     return square_error("w", both[0], mean.u_t) + square_error("z_hat", both[1], noise.u_t)
 
 
-def bridge_flow(path: BridgePath, w: Velocity, z_hat: Velocity) -> Velocity:
-    """u = w + gamma' z_hat, whose flow has the marginals of the bridge.
-
-    Where gamma' is infinite it is solved between other times. To solve a Brownian bridge's from
-    t0 = d to t1 = 1 - d, beginning at x0 itself, costs an error of the order of d in the
-    distribution: x_d has another variance than x0. A drift (`bridge_drift`) is solved from end to
-    end.
-
-    Args:
-      path: the path.
-      w: `(t, x) -> w`.
-      z_hat: `(t, x) -> z_hat`. Under `jax.jit` a network that gives both is called once.
-
-    Returns:
-      A velocity `(t, x) -> u`.
-
-    Raises:
-      ValueError: if gamma is not 0 at both ends; by the velocity, if a field returns another shape
-        than that of x, or at a concrete `t` where gamma' is infinite (a traced one gives infinity
-        or NaN there).
-
-    Source: arXiv 2303.08797, section 2.
-    """
-    check_bridge(path)
-    w, z_hat = checked(w, what="w"), checked(z_hat, what="z_hat")
-
-    def velocity(t: jax.Array, x: jax.Array) -> jax.Array:
-        x = as_batch("x", x)
-        t, _, gamma_dot = _noise(path, t)
-        broadcast_time(t, x)
-        refuse_singular("bridge_flow", t, gamma_dot, fix=FIX)
-        return _sum((jnp.ones_like(t), w(t, x)), (gamma_dot, z_hat(t, x))).astype(x.dtype)
-
-    return velocity
-
-
-def bridge_score(path: BridgePath, z_hat: Velocity) -> Velocity:
-    """s = -z_hat / gamma, the gradient in x of log p_t(x), for every coupling of x0 and x1.
-
-    Args:
-      path: the path.
-      z_hat: `(t, x) -> z_hat`.
-
-    Returns:
-      The score `(t, x) -> s`, `[batch, *event]`.
-
-    Raises:
-      ValueError: as `bridge_flow` does; by the score, at a concrete `t` where gamma is 0.
-
-    Source: arXiv 2303.08797, section 2.
-    """
-    check_bridge(path)
-    z_hat = checked(z_hat, what="z_hat")
-
-    def score(t: jax.Array, x: jax.Array) -> jax.Array:
-        x = as_batch("x", x)
-        t, gamma, _ = _noise(path, t)
-        broadcast_time(t, x)
-        refuse_singular("bridge_score", t, 1 / gamma, fix=FIX)
-        return _sum((-1 / gamma, z_hat(t, x))).astype(x.dtype)
-
-    return score
-
-
-def bridge_drift(
-    path: BridgePath,
-    w: Velocity,
-    z_hat: Velocity,
-    diffusion: Callable[[jax.Array], Any],
-    *,
-    reverse: bool = False,
-) -> Velocity:
-    """The drift of the equation with this diffusion that has the marginals of the bridge.
-
-    b = w + ((gamma^2)' - g^2) / (2 gamma) z_hat forwards, with the sign of g^2 turned backwards.
-
-    Args:
-      path: the path.
-      w: `(t, x) -> w`.
-      z_hat: `(t, x) -> z_hat`. Under `jax.jit` a network that gives both is called once.
-      diffusion: `t -> g`, a number; `lambda t: sigma` for a Schroedinger bridge.
-      reverse: for solves from t = 1 to t = 0.
-
-    Returns:
-      The drift `(t, x) -> b`, `[batch, *event]`; both fields are evaluated at t, no nearer to an
-      end than `NEAREST`. Where a solve begins with g^2 = |(gamma^2)'| it is w alone. Where it ends,
-      b holds g^2 times the score, so that an error of z_hat counts 1 / gamma(NEAREST) times, and of
-      data on points it is infinite: a solver without a stage at the end, such as Euler's, avoids
-      that.
-
-    Raises:
-      ValueError: as `bridge_flow` does, or if `diffusion` is no function; by the drift, at a
-        concrete t = 0 or 1 unless g^2 = |(gamma^2)'| there (a traced one gives NaN).
-
-    Example:
-      >>> w, z_hat = lambda t, x: jnp.ones_like(x), lambda t, x: x
-      >>> drift = bridge_drift(brownian_bridge(2.0), w, z_hat, lambda t: 2.0)
-      >>> drift(jnp.array(0.5), jnp.ones((1, 2)))  # 1 - 2 sqrt(t / (1 - t))
-      Array([[-1., -1.]], dtype=float32)
-
-    Source: arXiv 2303.08797, section 2.
-    """
-    check_bridge(path)
-    w, z_hat = checked(w, what="w"), checked(z_hat, what="z_hat")
-    if not callable(diffusion):
-        raise ValueError(
-            f"diffusion must be a function t -> g; got {kind(diffusion)}. A constant is lambda t: "
-            "1.0."
-        )
-
-    def drift(t: jax.Array, x: jax.Array) -> jax.Array:
-        x, t = as_batch("x", x), as_time(t)
-        broadcast_time(t, x)
-        inside, gamma, gamma_dot = _noise(path, jnp.clip(t, NEAREST, 1 - NEAREST))
-        slope, square = 2 * gamma * gamma_dot, coefficient("diffusion", diffusion, t) ** 2
-        _refuse_unmatched(t, slope, square)
-        excess = slope + square if reverse else slope - square
-        begins = t >= 1 if reverse else t <= 0
-        weight = jnp.where(begins | (excess == 0), 0, excess / (2 * gamma))
-        weight = jnp.where(_unmatched(t, slope, square), jnp.nan, weight)
-        fields = w(inside, x), z_hat(inside, x)
-        return _sum((jnp.ones_like(t), fields[0]), (weight, fields[1])).astype(x.dtype)
-
-    return drift
-
-
 def check_bridge(path: Any) -> None:
     """Refuses what is no bridge, and a gamma that leaves noise at an end."""
     if callable(path):
@@ -349,36 +202,7 @@ def check_bridge(path: Any) -> None:
             )
 
 
-def _noise(path: BridgePath, t: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """t as an array of at least float32, gamma and gamma' there."""
-    t = as_time(t)
-    gamma, gamma_dot = jax.jvp(
-        lambda t: coefficient("gamma", path.gamma, t), (t,), (jnp.ones_like(t),)
-    )
-    return t, gamma, gamma_dot
-
-
-def _unmatched(t: jax.Array, slope: jax.Array, square: jax.Array) -> jax.Array:
-    """Whether t is an end and g^2 is not |(gamma^2)'| there."""
-    # The slope is that at NEAREST from the end, which differs in the fifth digit.
-    apart = abs(square - abs(slope)) > 1e-3 * square + 1e-6
-    return ((t <= 0) | (t >= 1)) & apart
-
-
-def _refuse_unmatched(t: jax.Array, slope: jax.Array, square: jax.Array) -> None:
-    if not is_concrete(t, slope, square):
-        return
-    wrong = jnp.ravel(_unmatched(t, slope, square))
-    if wrong.any():
-        at, want, got = (jnp.ravel(a)[jnp.argmax(wrong)] for a in (t, abs(slope), square))
-        raise ValueError(
-            f"At an end of a bridge diffusion^2 must be |(gamma^2)'| = {want:.4g}; got {got:.4g} "
-            f"at t = {at}. Take t inside (0, 1), from 1e-5 to 1 - 1e-5 for instance, or the "
-            "diffusion that matches."
-        )
-
-
-def _sum(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
+def weighted_sum(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The sum of a x over terms (a, x), a a function of time, in the widest of their dtypes."""
     dtype = jnp.float32
     for a, x in terms:

@@ -12,7 +12,7 @@ from oracles import strict_dtypes as strict_dtypes  # an autouse fixture
 from oracles import x64 as x64
 
 import fmjax as fm
-from fmjax.paths.bridges import NEAREST
+from fmjax.paths.bridge_drifts import NEAREST
 
 BRIDGES = {
     "brownian_1": fm.brownian_bridge(1.0),
@@ -539,3 +539,53 @@ def test_the_ends_are_refused_where_nothing_is_finite_there():
     assert np.isfinite(wrong(jnp.asarray(1e-5), x)).all()
     smooth = fm.bridge_flow(BRIDGES["smooth"], w, z_hat)
     np.testing.assert_allclose(smooth(jnp.zeros(()), x), x, rtol=1e-6)  # gamma' is 0 there
+
+
+ENDS = {  # gamma, its diffusions that match at both ends, and those that do not
+    "brownian_1": (fm.brownian_bridge(1.0).gamma, 1.0, (0.9, 0.0, np.inf, np.nan)),
+    "brownian_1e-4": (fm.brownian_bridge(1e-4).gamma, 1e-4, (0.9e-4, 0.0, 1e-3)),
+    "brownian_1e3": (fm.brownian_bridge(1e3).gamma, 1e3, (1.0, 0.9e3)),
+    "sine": (lambda t: jnp.sin(jnp.pi * t), 0.0, (0.5, np.inf)),
+    "parabola": (lambda t: 1e-3 * t * (1 - t), 0.0, (0.5, 1e-3)),
+    "sine squared": (lambda t: jnp.sin(jnp.pi * t) ** 2, 0.0, (0.5,)),
+    "no noise": (lambda t: 0 * t, 0.0, (0.5,)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ENDS)
+def test_only_the_matching_diffusion_has_a_drift_at_an_end(name, dtype):
+    """Of any scale, at both ends, in both directions; w alone where a solve begins."""
+    gamma, matches, others = ENDS[name]
+    path = fm.BridgePath(lambda t: t, lambda t: 1 - t, gamma)
+
+    def drift(g, reverse):
+        w, z_hat = (lambda t, x: 3 * x), (lambda t, x: gamma(t) * x)
+        return fm.bridge_drift(path, w, z_hat, lambda t: g + 0 * t, reverse=reverse)
+
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.ones((2, 1), dtype)
+        for reverse in (False, True):
+            traced = jit(lambda g, t, x, reverse=reverse: drift(g, reverse)(t, x))
+            for end in (0.0, 1.0):
+                t, excess = jnp.asarray(end, dtype), 0.0 if bool(end) == reverse else matches**2
+                want = 3 + (excess if reverse else -excess)
+                for got in (
+                    drift(matches, reverse)(t, x),
+                    traced(jnp.asarray(matches, dtype), t, x),
+                ):
+                    np.testing.assert_allclose(got, want, rtol=5e-3)  # 1 - NEAREST, rounded
+                for g in others:
+                    with pytest.raises(ValueError, match=r"must be \|\(gamma\^2\)'\| ="):
+                        drift(g, reverse)(t, x)
+                    assert np.isnan(traced(jnp.asarray(g, dtype), t, x)).all()
+
+
+def test_a_gamma_that_is_zero_inside_is_refused_there_too():
+    x, w = draw()[0], lambda t, x: x
+    three_zeros = BRIDGES["no noise"]._replace(gamma=lambda t: t * (1 - t) * (1 - 2 * t))
+    for path in (BRIDGES["no noise"], three_zeros):
+        with pytest.raises(ValueError, match="bridge_drift has no finite value.*got t = 0.5"):
+            fm.bridge_drift(path, w, w, lambda t: 1.0)(jnp.array(0.5), x)
+        without = fm.bridge_drift(path, w, w, lambda t: 0.0)
+        np.testing.assert_array_equal(without(jnp.array(0.5), x), x)
