@@ -65,8 +65,10 @@ def conditional_ot(conditions: Any, weight: float = math.inf) -> Coupling:
     """
     conditions = as_array("conditions", conditions)
     classes = not jnp.issubdtype(conditions.dtype, jnp.inexact)
-    if not (isinstance(weight, int | float) and weight >= 0):
+    number = isinstance(weight, int | float) or getattr(weight, "shape", None) == ()
+    if not number or not float(weight) >= 0:
         raise ValueError(f"weight must be a number, 0 or more; got {kind(weight)}.")
+    weight = float(weight)
     if not classes and (math.isinf(weight) or jnp.iscomplexobj(conditions)):
         raise ValueError(
             "weight must be finite for continuous conditions, of which no two are equal; got "

@@ -147,7 +147,7 @@ def coupling_entropy(plan: jax.Array) -> jax.Array:
       plan: `[n, m]`, non-negative; of any sum, as unbalanced ones are.
 
     Returns:
-      A number in [0, 1], `[]`. A NaN in the plan comes out as NaN.
+      A number in [0, 1], `[]`; NaN where the plan holds a NaN or all of its mass is on one point.
 
     Raises:
       ValueError: if the plan is no floating matrix of two rows and two columns or more; where its
@@ -167,6 +167,8 @@ def coupling_entropy(plan: jax.Array) -> jax.Array:
         )
     if is_concrete(plan) and plan.is_fully_addressable and (least := np.asarray(plan).min()) < 0:
         raise ValueError(f"plan must not be negative; got {least}.")
+    if is_concrete(plan) and plan.is_fully_addressable and not np.asarray(plan).any():
+        raise ValueError("plan must hold some mass; got zeros alone.")
     plan = plan / jnp.sum(plan)
     of0, of1 = (jnp.sum(jax.scipy.special.entr(jnp.sum(plan, axis=axis))) for axis in (1, 0))
     both = jnp.sum(jax.scipy.special.entr(plan))
@@ -204,7 +206,8 @@ def check(epsilon: Any, max_iterations: int, threshold: float) -> None:
 
 def check_taus(tau0: float, tau1: float) -> None:
     for name, tau in (("tau0", tau0), ("tau1", tau1)):
-        if not tau > 0:
+        number = isinstance(tau, int | float) or getattr(tau, "shape", None) == ()
+        if not number or not float(tau) > 0:
             raise ValueError(
                 f"{name} must be positive, or infinite to keep the weights; got {tau}."
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ..types import Coupling, as_batch
+from ..types import Coupling, as_batch, check_same_shape, kind
 from .points import draw_source
 
 
@@ -49,11 +49,17 @@ def pair_pool(
       (3, 4, 2)
     """
     x1 = as_batch("x1", x1)
-    if not (batch_size >= 1 and len(x1) and len(x1) % batch_size == 0):
+    whole = isinstance(batch_size, int) and batch_size >= 1
+    if not (whole and len(x1) and len(x1) % batch_size == 0):
         raise ValueError(
             f"batch_size must divide the pool; got {batch_size} for a pool of {len(x1)}."
         )
     key_source, key_pair = jax.random.split(key)
     x0 = coupling(key_pair, draw_source(source, key_source, len(x1)), x1)
+    if isinstance(x0, tuple):
+        raise ValueError(
+            f"coupling must return x0; got {kind(x0)}, a Pairing's rows. Take them of x0 and x1."
+        )
+    check_same_shape("What the coupling returns and x1", x0, x1)
     batches = (-1, batch_size, *x1.shape[1:])
     return x0.reshape(batches), x1.reshape(batches)

@@ -83,8 +83,11 @@ def semidiscrete_potential(
         ("batch_size", batch_size),
         ("learning_rate", learning_rate),
     ):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive; got {value}.")
+        whole = name == "learning_rate" or isinstance(value, int)
+        if not whole or not 0 < value < math.inf:
+            raise ValueError(
+                f"{name} must be {'a positive number' if whole else 'a whole number'}; got {value}."
+            )
     num, kept = len(data), max(1, num_steps // 10)
     key_scale, key_steps = jax.random.split(key)
     scale = jnp.std(_scores(_draw(source, key_scale, batch_size, data), data))
@@ -188,5 +191,6 @@ def _as_data(data: Any) -> jax.Array:
 
 
 def _check_epsilon(epsilon: Any) -> None:
-    if not (isinstance(epsilon, int | float) and 0 <= epsilon < math.inf):
+    number = isinstance(epsilon, int | float) or getattr(epsilon, "shape", None) == ()
+    if not number or not 0 <= float(epsilon) < math.inf:
         raise ValueError(f"epsilon must be a finite number, 0 or more; got {kind(epsilon)}.")

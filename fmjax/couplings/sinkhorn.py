@@ -39,8 +39,8 @@ def sinkhorn(epsilon: float, *, max_iterations: int = 2000, threshold: float = 1
       converge. An empty batch comes back as it is.
 
     Raises:
-      ValueError: if `epsilon`, `max_iterations` or `threshold` isn't positive and finite, or OTT
-        isn't installed; by the coupling, if the shapes disagree or either is not floating.
+      ValueError: if `epsilon`, `max_iterations` or `threshold` isn't positive and finite; by the
+        coupling, if OTT isn't installed, the shapes disagree or either is not floating.
       RuntimeError: by the coupling, outside `jax.jit`, where Sinkhorn doesn't converge.
 
     Example:

@@ -68,8 +68,8 @@ def unbalanced(
     for name, weights in (("weights0", weights0), ("weights1", weights1)):
         if weights is not None:
             as_weights(name, weights)  # refused here, and not in a training step
-    if num_pairs is not None and num_pairs < 1:
-        raise ValueError(f"num_pairs must be at least 1; got {num_pairs}.")
+    if num_pairs is not None and not (isinstance(num_pairs, int) and num_pairs >= 1):
+        raise ValueError(f"num_pairs must be a whole number from 1 on; got {num_pairs}.")
 
     def pairing(key: jax.Array, x0: jax.Array, x1: jax.Array) -> Pairs:
         key_rows1, key_rows0 = jax.random.split(key)

@@ -22,7 +22,6 @@ Sources: Albergo, Boffi and Vanden-Eijnden 2023, arXiv 2303.08797 (interpolants,
 Tong et al. 2023, arXiv 2307.03672 (score and flow from entropic pairs).
 """
 
-import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,6 +39,7 @@ from ..types import (
     wider,
 )
 from .affine import AffinePath, Schedule, coefficient, refuse_singular, schedule
+from .predictions import check_number
 
 
 class BridgePath(NamedTuple):
@@ -91,11 +91,7 @@ def brownian_bridge(sigma: float) -> BridgePath:
 
     Source: arXiv 2307.03672, section 3.
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(
-            f"sigma must be positive and finite; got {sigma}. Without noise cond_ot() and "
-            "sample_path make straight lines."
-        )
+    check_number("sigma", sigma, "Without noise cond_ot() makes straight lines", positive=True)
     return BridgePath(
         alpha=lambda t: t, sigma=lambda t: 1 - t, gamma=lambda t: sigma * jnp.sqrt(t * (1 - t))
     )
@@ -165,6 +161,11 @@ def bridge_loss(fields: BridgeFields, bridge_sample: BridgeSample) -> jax.Array:
 
     Source: arXiv 2303.08797, section 2.
     """
+    if len(bridge_sample) != 2:
+        raise ValueError(
+            "bridge_sample must be BridgeSample(mean, noise), of sample_bridge; got "
+            f"{kind(bridge_sample)}. cfm_loss takes one path sample."
+        )
     mean, noise = bridge_sample
     if not callable(fields):
         raise ValueError(f"fields must be a function (t, x) -> (w, z_hat); got {kind(fields)}.")
@@ -199,6 +200,16 @@ def check_bridge(path: Any) -> None:
             raise ValueError(
                 f"gamma must be 0 at t = 0 and t = 1; got {ends[0]} and {ends[1]}. With noise at "
                 "an end x_t would not begin at x0 and end at x1: multiply gamma by sqrt(t (1 - t))."
+            )
+        alpha, sigma = (
+            abs(coefficient(name, f, jnp.array([0.0, 1.0])))
+            for name, f in (("alpha", path[0]), ("sigma", path[1]))
+        )
+        if is_concrete(alpha, sigma) and not (alpha[0] < alpha[1] and sigma[1] < sigma[0]):
+            raise ValueError(
+                "A bridge must begin at x0 and end at x1, alpha growing and sigma falling; got "
+                f"alpha from {alpha[0]:.3g} to {alpha[1]:.3g} and sigma from {sigma[0]:.3g} to "
+                f"{sigma[1]:.3g}. Exchange the two."
             )
 
 

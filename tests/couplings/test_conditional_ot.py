@@ -179,6 +179,7 @@ def test_bad_input_is_refused():
     for weight in (-1.0, np.nan, None, "1"):
         with pytest.raises(ValueError, match="weight must be a number, 0 or more; got"):
             fm.conditional_ot(labels, weight)
+    fm.conditional_ot(labels.astype(float), np.float32(3))
     with pytest.raises(ValueError, match="weight must be finite for continuous conditions"):
         fm.conditional_ot(jnp.arange(8.0))
     with pytest.raises(ValueError, match="x0 and x1 must have one shape"):

@@ -130,8 +130,15 @@ def test_bad_input_is_refused():
         couplings.semidiscrete_potential(KEY, data, bad)
     with pytest.raises(ValueError, match="at least one row"):
         couplings.semidiscrete_potential(KEY, data[:0], PLANE)
-    with pytest.raises(ValueError, match="num_steps must be positive"):
+    with pytest.raises(ValueError, match="num_steps must be a positive number; got 0"):
         couplings.semidiscrete_potential(KEY, data, PLANE, num_steps=0)
+    with pytest.raises(ValueError, match="num_steps must be a whole number; got 5.5"):
+        couplings.semidiscrete_potential(KEY, data, PLANE, num_steps=5.5)
+    couplings.semidiscrete(jnp.zeros(3), data, np.float32(0.1))
+    with pytest.raises(ValueError, match="a Pairing's rows"):
+        couplings.pair_pool(KEY, couplings.unbalanced(0.5, 1.0, 1.0), PLANE, jnp.ones((8, 2)), 8)
+    with pytest.raises(ValueError, match="batch_size must divide the pool"):
+        couplings.pair_pool(KEY, fm.independent, PLANE, jnp.ones((8, 2)), 8.0)
 
 
 # Pools.

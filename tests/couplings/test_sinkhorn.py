@@ -329,8 +329,14 @@ def test_other_bad_input_is_refused():
         couplings.entropic_plan(x0, x1, 0.1, weights1=[0.5] * 4)
     with pytest.raises(ValueError, match="tau1 must be positive"):
         couplings.unbalanced(0.1, 1.0, 0.0)
-    with pytest.raises(ValueError, match="num_pairs must be at least 1"):
-        couplings.unbalanced(0.1, 1.0, 1.0, num_pairs=0)
+    for num_pairs in (0, 2.5):
+        with pytest.raises(ValueError, match="num_pairs must be a whole number from 1 on"):
+            couplings.unbalanced(1.0, 1.0, 1.0, num_pairs=num_pairs)
+    with pytest.raises(ValueError, match="tau0 must be positive"):
+        couplings.unbalanced(1.0, "1", 1.0)
+    with pytest.raises(ValueError, match="plan must hold some mass"):
+        couplings.coupling_entropy(jnp.zeros((3, 3)))
+    assert np.isnan(couplings.coupling_entropy(jnp.zeros((3, 3)).at[0, 0].set(1.0)))
     with pytest.raises(ValueError, match=r"one event shape .* got shapes \(4, 2\) and \(4, 1\)"):
         couplings.entropic_plan(x0, x1[:, :1], 0.1)
     with pytest.raises(ValueError, match="at least one row"):

@@ -52,6 +52,7 @@ def test_the_velocity_is_that_of_the_flow_to_a_gaussian(labels):
         np.testing.assert_allclose(velocity(jnp.array(t), x), exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ddim_is_its_update_by_hand():
     x0 = jax.random.normal(jax.random.key(0), (5, 1))
@@ -65,6 +66,7 @@ def test_ddim_is_its_update_by_hand():
     assert num_evaluations == 7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ancestral_steps_after_two_changes_are_those_of_the_prediction_itself():
     num, key, x0 = 6, jax.random.key(1), jax.random.normal(jax.random.key(0), (5, 1))

@@ -24,6 +24,7 @@ def test_the_whole_velocity_is_the_papers():
     np.testing.assert_allclose(u_t, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_entropic_pairs_are_of_the_plan_and_of_the_seed():
     """Two x0 and two x1 at squared distances 0 and d: a pair is crossed with odds exp(-d / eps)."""
     sigma, steps = 0.7, 100

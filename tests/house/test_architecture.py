@@ -202,7 +202,8 @@ def test_every_public_name_stands_in_the_list_of_the_rooms():
     assert not missing
 
 
-SLOW = ("fmjax.solve.each",)  # its solves take longer to compile than all others
+# What they solve takes longer to compile than all others.
+SLOW = ("fmjax.solve.each", "fmjax.couplings.plans", "fmjax.couplings.unbalanced")
 EXAMPLES = [m for m in MODULES if ">>>" in MODULES[m].read_text()]
 
 

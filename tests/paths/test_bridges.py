@@ -484,9 +484,13 @@ def test_wrong_paths_times_and_functions_are_refused():
             make(fm.brownian_bridge)
         with pytest.raises(ValueError, match=r"three functions of time; got a tuple of 2"):
             make(fm.cond_ot())
-    for sigma in (0.0, -1.0, np.inf, np.nan):
-        with pytest.raises(ValueError, match="sigma must be positive and finite"):
+        backwards = fm.BridgePath(path.sigma, path.alpha, path.gamma)
+        with pytest.raises(ValueError, match="A bridge must begin at x0 and end at x1"):
+            make(backwards)
+    for sigma in (0.0, -1.0, np.inf, np.nan, "1"):
+        with pytest.raises(ValueError, match="sigma must be a finite number, positive; got"):
             fm.brownian_bridge(sigma)
+    jit(lambda s: fm.sample_bridge(key, fm.brownian_bridge(s), x0, x1, jnp.array(0.5)))(0.5)
     with pytest.raises(ValueError, match="x0 and x1 must have one shape"):
         fm.sample_bridge(key, path, x0, x1[:2], jnp.array(0.5))
     with pytest.raises(ValueError, match=r"diffusion must be a function t -> g; got 1.0"):
@@ -517,6 +521,8 @@ def test_wrong_paths_times_and_functions_are_refused():
         fm.bridge_loss(lambda t, x: jnp.concatenate([x, x], axis=1), sample)
     with pytest.raises(ValueError, match="z_hat must return a floating array of the shape"):
         fm.bridge_loss(lambda t, x: (x, x[:, :1]), sample)
+    with pytest.raises(ValueError, match="bridge_sample must be BridgeSample"):
+        fm.bridge_loss(lambda t, x: (x, x), sample.mean)
 
 
 def test_the_ends_are_refused_where_nothing_is_finite_there():

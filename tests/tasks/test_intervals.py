@@ -94,6 +94,7 @@ def test_the_flow_of_a_bridge_is_that_of_its_fields_and_finite_at_the_snapshots(
     np.testing.assert_allclose(velocity(0.25 + 0.75 * s, x), same, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_are_fresh_and_those_of_the_coupling():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 1, 2, 1)), jnp.float32)
 
@@ -249,6 +250,7 @@ def test_pairs_of_a_plan_are_drawn_in_its_proportions():
     np.testing.assert_allclose(grown, [6 / 5, 2.0])
 
 
+@pytest.mark.slow
 def test_a_plan_with_free_earlier_weights_finds_who_grew():
     """Cells at 0 and at 5, as many of each; later three times as many at 5. No mass need cross
     where the cells at 5 may grow to 3/2 and the others shrink to 1/2."""

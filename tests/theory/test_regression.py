@@ -97,6 +97,7 @@ def test_theorem_2_equal_gradients(kind, x64):
     assert standard_errors(gradients(loss, params, wrong) - want)[0].max() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cond_ot", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_the_losses_themselves_differ_by_a_known_constant(name, x64):
     """The mean over the axes of int W^2 s^2 / S_t dt, W = 1 or pi / 2, whatever the velocity."""
