@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import cost_of_likelihood, toy_report
-from experiments.benchmarks import bridges_table, couplings, schedules, single_cell, uneven
+from experiments.benchmarks import bridges_table, couplings, ddpm, schedules, single_cell, uneven
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
 
@@ -159,6 +159,8 @@ def test_the_toy_table_is_the_recorded_one():
     [
         ("uneven", uneven.table),
         ("schedules", schedules.table),
+        ("ddpm", ddpm.table),
+        ("ddpm samples", ddpm.samples),
         ("compare", report_of_compare.table),
         ("couplings", couplings.table),
         ("couplings speed", couplings.speeds),
