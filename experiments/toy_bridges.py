@@ -11,7 +11,7 @@ With z ~ N(0, I) and x_t = t x1 + (1 - t) x0 + gamma(t) z (`fmjax.paths.bridges`
     interpolant   gamma = sigma sin^2(pi t), x0 and x1 as drawn, two fields as in SF2M; gamma' is 0
                   at both ends, and the flow is solved from end to end
 
-Of two fields w is regressed in units of sigma: in these u = w + gamma' z_hat has as much of either's
+Of two fields w is regressed in units of sigma, where u = w + gamma' z_hat has as much of either's
 error. Otherwise w's would weigh sigma^2 times as much, 49 times on the wide pair, and there SF2M's
 E int |u|^2 dt comes out as 41.8 and 36.6 for the first two seeds instead of 48.6 and 48.3.
 
