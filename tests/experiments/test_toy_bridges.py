@@ -43,7 +43,7 @@ def test_entropic_pairs_are_of_the_plan_and_of_the_seed():
 
 
 def gaussian_fields(name, sigma, m, s):
-    """Exact w and z_hat between N(0, I) and N(m, s^2 I), independently paired."""
+    """Exact w / sigma and z_hat between N(0, I) and N(m, s^2 I), independently paired."""
     path = toy_bridges.interpolant(sigma) if name == "interpolant" else fm.brownian_bridge(sigma)
 
     def fields(path_, params, t, x):
@@ -51,7 +51,7 @@ def gaussian_fields(name, sigma, m, s):
         gamma = path.gamma(t)
         variance = t**2 * s**2 + (1 - t) ** 2 + gamma**2
         rest = (x - t * m) / variance
-        return m + (t * s**2 - (1 - t)) * rest, gamma * rest
+        return (m + (t * s**2 - (1 - t)) * rest) / sigma, gamma * rest
 
     return fields
 
