@@ -163,7 +163,8 @@ def draw(config: Config, way: str, models: list[Trained]) -> list[tuple[np.ndarr
 
     found = []
     for seed, model in zip(config.seeds, models, strict=True):
-        settings = {"parameters": model.digest, "seed": seed, "num_samples": num}
+        kind = type(model.config).__module__  # equal parameters may be another velocity
+        settings = {"run": kind, "parameters": model.digest, "seed": seed, "num_samples": num}
         kept = Store(config.workdir / "drawn", "samples", settings)
         drawn = kept.get(way, functools.partial(arrays, seed, model))
         found.append((drawn["images"], int(drawn["evaluations"])))
