@@ -12,7 +12,7 @@ The protocol of both: three hidden layers of 64, SELU, AdamW 1e-3 with weight de
 cell train along a leading axis, one `lax.scan` of many steps per dispatch. A finished cell has a
 file of its own: started again, the command does the cells that are missing.
 
-On a server shared with many, of which it got about a fifth of a core: 48 minutes.
+On two cores of a server that did much other work: 48 minutes.
 """
 
 import dataclasses
