@@ -11,6 +11,8 @@ The protocol of both: three hidden layers of 64, SELU, AdamW 1e-3 with weight de
 128 pairs per interval, whitened by all cells, the last parameters, 100 Euler steps. All seeds of a
 cell train along a leading axis, one `lax.scan` of many steps per dispatch. A finished cell has a
 file of its own: started again, the command does the cells that are missing.
+
+On two cores of a server that did much other work: 48 minutes.
 """
 
 import dataclasses

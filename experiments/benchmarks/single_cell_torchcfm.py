@@ -43,8 +43,7 @@ from torchcfm.optimal_transport import OTPlanSampler
 from torchcfm.utils import torch_wrapper
 from torchdyn.core import NeuralODE
 
-from fmjax.metrics import wasserstein1
-from fmjax.tasks import snapshots
+from fmjax.tasks import intervals, snapshots
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "single_cell_torchcfm.json"
 FILES = {"emt": (1, 2), "mouse_hematopoiesis": (1,), "simulation_gene_data": (1, 2, 3)}
@@ -133,16 +132,17 @@ def run(file: str, leave_out: int, method: str, seed: int, args: Any) -> dict[st
     began = time.perf_counter()
     flow, score = train(data, method, args)
     seconds, k = time.perf_counter() - began, leave_out
-    x, there = torch.from_numpy(data.cells[k - 1]), data.cells[k]
+    x = torch.from_numpy(data.cells[k - 1])
     with torch.no_grad():
         node = NeuralODE(torch_wrapper(flow), solver="euler")
-        found = {"w1": node.trajectory(x, t_span=torch.linspace(k - 1, k, 101))[-1]}
+        found = {"flow": node.trajectory(x, t_span=torch.linspace(k - 1, k, 101))[-1]}
         if score is not None:
             equation = Equation(flow, score, k - 1, 2.0)
             s = torch.tensor([0.0, 0.5])
-            found["w1_sde"] = torchsde.sdeint(equation, x, s, method="euler", dt=0.005)[-1]
+            found["sde"] = torchsde.sdeint(equation, x, s, method="euler", dt=0.005)[-1]
     names = {"file": file, "leave_out": leave_out, "method": method, "seed": seed}
-    figures = {name: wasserstein1(y.numpy(), there) for name, y in found.items()}
+    figures = intervals.left_out_figures(data, {name: y.numpy() for name, y in found.items()})
+    figures = {name: figures[name] for name in ("w1", "w1_sde") if name in figures}
     return names | figures | {"training_seconds": round(seconds, 2)}
 
 
