@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from experiments import toy_report
-from experiments.benchmarks import bridges_table, couplings, schedules, single_cell, uneven
+from experiments.benchmarks import (
+    bridge_energy,
+    bridges_table,
+    couplings,
+    schedules,
+    single_cell,
+    uneven,
+)
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
 
@@ -160,6 +167,7 @@ def test_the_toy_table_is_the_recorded_one():
         ("couplings", couplings.table),
         ("couplings speed", couplings.speeds),
         ("bridges", bridges_table.table),
+        ("bridge_energy", bridge_energy.table),
     ],
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
