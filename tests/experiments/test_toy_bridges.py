@@ -7,6 +7,7 @@ import pytest
 
 import fmjax as fm
 from experiments import toy_bridges, toy_data, toy_flows
+from experiments.benchmarks import bridge_energy
 from fmjax.metrics.transport import wasserstein2
 
 X0, X1 = np.array([[1.0, -2.0]], np.float32), np.array([[3.0, 3.0]], np.float32)
@@ -106,3 +107,23 @@ def test_deviations_of_the_sources():
         x = sampler(np.random.default_rng(0), 100_000)
         assert abs(x.std() / deviation - 1) < 0.01
     assert {pair.source for pair in toy_data.PAIRS.values()} == set(toy_data.DEVIATIONS)
+
+
+@pytest.mark.slow
+def test_the_energy_without_a_network_is_that_of_two_normal_distributions():
+    """x0 ~ N(0, I), x1 ~ N(m, s^2 I) independent: u is linear in x, and E|u|^2 its two moments."""
+    m, s, sigma = np.array([2.0, -1.0]), 0.6, 1.0
+    path = fm.brownian_bridge(sigma)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def pairs(key, num):
+        x = jax.random.normal(key, (2, num, 2))
+        return x[0], s * x[1] + m[None]
+
+    t = bridge_energy.TIMES[5:-5]  # nearer to the ends the mixture falls apart
+    u = bridge_energy.velocity(path, *pairs(keys[1], 20_000))
+    got = bridge_energy.energy(keys[0], path, u, *pairs(keys[2], 2000), t)
+    variance = t**2 * s**2 + (1 - t) ** 2 + sigma**2 * t * (1 - t)
+    slope = (2 * t * s**2 - 2 * (1 - t) + sigma**2 * (1 - 2 * t)) / (2 * variance)
+    want = np.trapezoid(m @ m + 2 * slope**2 * variance, t)
+    assert abs(got / want - 1) < 0.02  # three standard errors of 2,000 points

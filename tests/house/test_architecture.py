@@ -78,7 +78,6 @@ EXPERIMENTS = {
         "data",
         "evaluation",
         "harness",
-        "metrics",
         "models",
         "plotting",
         "solve",

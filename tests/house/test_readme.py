@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from experiments import cost_of_likelihood, toy_report
-from experiments.benchmarks import bridges_table, couplings, ddpm, schedules, single_cell, uneven
+from experiments.benchmarks import (
+    bridge_energy,
+    bridges_table,
+    couplings,
+    ddpm,
+    schedules,
+    single_cell,
+    uneven,
+)
 from experiments.benchmarks.compare import report as report_of_compare
 from fmjax.evaluation import report
 
@@ -166,6 +174,7 @@ def test_the_toy_table_is_the_recorded_one():
         ("couplings speed", couplings.speeds),
         ("bridges", bridges_table.table),
         ("cost_of_likelihood", lambda record: cost_of_likelihood.markdown(record["cells"])),
+        ("bridge_energy", bridge_energy.table),
     ],
 )
 def test_the_benchmarks_are_the_recorded_ones(name, table):
