@@ -132,6 +132,7 @@ def bridge_drift(
         thousandths of 4 max(gamma^2) (a traced one gives NaN).
 
     Example:
+      >>> from fmjax import brownian_bridge
       >>> w, z_hat = lambda t, x: jnp.ones_like(x), lambda t, x: x
       >>> drift = bridge_drift(brownian_bridge(2.0), w, z_hat, lambda t: 2.0)
       >>> drift(jnp.array(0.5), jnp.ones((1, 2)))  # 1 - 2 sqrt(t / (1 - t))
