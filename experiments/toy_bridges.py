@@ -37,10 +37,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fmjax as fm
 from experiments import toy_data
 from experiments.toy_flows import MODEL, Method
+from fmjax.metrics.transport import wasserstein2
 
 METHODS = ("SB-CFM", "SF2M", "interpolant")
 NEAREST = 1e-3
@@ -142,3 +144,9 @@ def sample_all(seeds: tuple[int, ...], params: Any, x0: jax.Array, sigma: float)
         return fm.sample_sde(key, drift, diffusion, x0, num_steps=100)
 
     return jax.vmap(sample)(keys, params, x0)
+
+
+def distances(seeds: tuple[int, ...], params: Any, tests: np.ndarray, sigma: float) -> list[float]:
+    """W2 from the solutions of SF2M's equation to the test points, `[seeds, 2, n, 2]`."""
+    samples = np.asarray(sample_all(seeds, params, tests[:, 0], sigma))
+    return [wasserstein2(x, y) for x, y in zip(samples, tests[:, 1], strict=True)]

@@ -157,8 +157,7 @@ def run_cell(config: Config, pair: str, method: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
     }
     if method == "SF2M":
-        samples = np.asarray(toy_bridges.sample_all(config.seeds, params, tests[:, 0], sigma))
-        result["sde_wasserstein2"] = list(map(wasserstein2, samples, tests[:, 1]))
+        result["sde_wasserstein2"] = toy_bridges.distances(config.seeds, params, tests, sigma)
     return result
 
 
