@@ -10,6 +10,7 @@ a wrong shape that broadcasts is a wrong number that looks right.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -196,6 +197,28 @@ def kind(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | complex):
         return repr(value)
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def known_number(value: Any) -> float | None:
+    """A real number whose value is known, Python's or of an array `[]`; None for all else."""
+    if isinstance(value, int | float):
+        return None if isinstance(value, bool) else float(value)
+    array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    real = array and not value.shape and jnp.issubdtype(value.dtype, jnp.number)
+    if not real or not is_concrete(value) or jnp.iscomplexobj(value):
+        return None
+    return float(value)
+
+
+def check_number(name: str, value: Any, usual: str, *, positive: bool = False) -> None:
+    """Refuses what is no finite number, or, as far as it is known, is negative (or zero)."""
+    traced = isinstance(value, Tracer) and not value.shape
+    if traced and jnp.issubdtype(value.dtype, jnp.floating):
+        return
+    number = known_number(value)
+    if number is None or not 0 <= number < math.inf or (positive and not number):
+        rule = "positive" if positive else "not negative"
+        raise ValueError(f"{name} must be a finite number, {rule}; got {kind(value)}. {usual}.")
 
 
 def returned(what: str, value: Any, shape: tuple[int, ...], fix: str = "") -> jax.Array:

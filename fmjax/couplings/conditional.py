@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..types import Coupling, as_array, kind, wider
+from ..types import Coupling, as_array, kind, known_number, wider
 from .assignment import (
     call_on_host,
     potentials,
@@ -65,10 +65,10 @@ def conditional_ot(conditions: Any, weight: float = math.inf) -> Coupling:
     """
     conditions = as_array("conditions", conditions)
     classes = not jnp.issubdtype(conditions.dtype, jnp.inexact)
-    number = isinstance(weight, int | float) or getattr(weight, "shape", None) == ()
-    if not number or not float(weight) >= 0:
+    number = known_number(weight)
+    if number is None or not number >= 0:
         raise ValueError(f"weight must be a number, 0 or more; got {kind(weight)}.")
-    weight = float(weight)
+    weight = number
     if not classes and (math.isinf(weight) or jnp.iscomplexobj(conditions)):
         raise ValueError(
             "weight must be finite for continuous conditions, of which no two are equal; got "

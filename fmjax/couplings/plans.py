@@ -33,6 +33,7 @@ from ..types import (
     at_least_float32,
     is_concrete,
     kind,
+    known_number,
     refuse_explicit_mesh,
 )
 from .points import as_points
@@ -199,17 +200,17 @@ def check(epsilon: Any, max_iterations: int, threshold: float) -> None:
         ("max_iterations", max_iterations, "2000 is usual."),
         ("threshold", threshold, "1e-3 is usual."),
     ):
-        number = isinstance(value, int | float) or getattr(value, "shape", None) == ()
-        if not number or not 0 < float(value) < math.inf:
+        number = known_number(value)
+        if number is None or not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive, finite number; got {kind(value)}. {fix}")
 
 
 def check_taus(tau0: float, tau1: float) -> None:
     for name, tau in (("tau0", tau0), ("tau1", tau1)):
-        number = isinstance(tau, int | float) or getattr(tau, "shape", None) == ()
-        if not number or not float(tau) > 0:
+        number = known_number(tau)
+        if number is None or not number > 0:
             raise ValueError(
-                f"{name} must be positive, or infinite to keep the weights; got {tau}."
+                f"{name} must be positive, or infinite to keep the weights; got {kind(tau)}."
             )
 
 

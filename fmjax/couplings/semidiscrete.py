@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..types import as_array, as_batch, at_least_float32, kind
+from ..types import as_array, as_batch, at_least_float32, kind, known_number
 from .points import draw_source
 
 
@@ -191,6 +191,6 @@ def _as_data(data: Any) -> jax.Array:
 
 
 def _check_epsilon(epsilon: Any) -> None:
-    number = isinstance(epsilon, int | float) or getattr(epsilon, "shape", None) == ()
-    if not number or not 0 <= float(epsilon) < math.inf:
+    number = known_number(epsilon)
+    if number is None or not 0 <= number < math.inf:
         raise ValueError(f"epsilon must be a finite number, 0 or more; got {kind(epsilon)}.")

@@ -32,6 +32,7 @@ from ..types import (
     as_batch,
     at_least_float32,
     broadcast_time,
+    check_number,
     check_same_shape,
     is_concrete,
     kind,
@@ -39,7 +40,6 @@ from ..types import (
     wider,
 )
 from .affine import AffinePath, Schedule, coefficient, refuse_singular, schedule
-from .predictions import check_number
 
 
 class BridgePath(NamedTuple):

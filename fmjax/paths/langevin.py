@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..types import Velocity, as_batch, broadcast_time, checked, is_concrete
+from ..types import Velocity, as_batch, broadcast_time, check_number, checked, is_concrete
 from .affine import (
     AffinePath,
     Schedule,
@@ -35,7 +35,6 @@ from .affine import (
     refuse_singular,
     schedule_with_w,
 )
-from .predictions import check_number
 
 FIX = "Solve between times inside (0, 1), or along cond_ot() after fmjax.change_path."
 

@@ -22,15 +22,12 @@ Sources: Ho et al. 2020, arXiv 2006.11239 (noise prediction); Li and He 2025, ar
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..types import Velocity, as_batch, broadcast_time, checked, is_concrete, kind
+from ..types import Velocity, as_batch, broadcast_time, check_number, checked
 from .affine import (
     AffinePath,
     check_path,
@@ -209,16 +206,3 @@ def precondition(path: AffinePath, f: Velocity, data_std: float) -> Velocity:
         return combine(skip, x, scale, function(t, scaled(inner, x)))
 
     return velocity
-
-
-def check_number(name: str, value: Any, usual: str, *, positive: bool = False) -> None:
-    """Refuses what is no finite number, or, as far as it is known, is negative (or zero)."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        good = value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
-    if good and is_concrete(value):
-        number = float(value)
-        good = math.isfinite(number) and (number > 0 or (number == 0 and not positive))
-    if not good:
-        rule = "positive" if positive else "not negative"
-        raise ValueError(f"{name} must be a finite number, {rule}; got {kind(value)}. {usual}.")
