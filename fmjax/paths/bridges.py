@@ -139,8 +139,10 @@ def sample_bridge(
 def bridge_loss(fields: BridgeFields, bridge_sample: BridgeSample) -> jax.Array:
     """|w - (alpha' x1 + sigma' x0)|^2 / D + |z_hat - z|^2 / D, per example, in one call.
 
-    It is `cfm_loss` of w on the one path sample plus that of z_hat on the other, which weights them
-    otherwise if you take the two.
+    It is `cfm_loss` of w on the one path sample plus that of z_hat on the other; take the two to
+    weigh them otherwise. z is of unit variance whatever the data: where the data are much wider or
+    the noise much weaker, one of the two drowns. In units in which data and gamma are about 1, or
+    with w's loss over sigma^2 on a bridge of reference sigma dB, they weigh about the same.
 
     Args:
       fields: `(t, x) -> (w, z_hat)`, one network of twice the channels for instance, called once.

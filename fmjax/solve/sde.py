@@ -116,9 +116,16 @@ def sample_sde(
     watch: Any = jax.lax.stop_gradient(solution.controller_state)
     failed = solution.result != diffrax.RESULTS.successful
     reached = jnp.where(t0 < t1, 1, -1).astype(dtype) * watch.reached
-    message = functools.partial(stopped, num_steps)
+    message = functools.partial(_stopped, num_steps)
     x = raise_if(failed, solution.ys, message, reached, jnp.zeros((), bool))
     return x[-1].astype(x0.dtype)
+
+
+def _stopped(num_steps: int, reached: Any, ran_out: Any) -> str:
+    return (
+        f"{stopped(num_steps, reached, ran_out)} A bridge's drift is not finite at an end that its "
+        "diffusion does not match."
+    )
 
 
 def _checked_diffusion(diffusion: Any, dtype: Any) -> Callable[[jax.Array], jax.Array]:

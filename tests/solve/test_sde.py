@@ -357,3 +357,11 @@ def test_wrong_input_of_a_solve_is_refused():
         solve(x0=jnp.zeros((3, 2), int))
     with pytest.raises(RuntimeError, match=r"The solve stopped at t = 0.75"):
         solve(drift=lambda t, x: jnp.where(t > 0.4, jnp.nan, x))
+
+
+def test_a_diffusion_that_does_not_match_a_bridge_is_named():
+    """In a compiled solve the drift is NaN at the end where it begins."""
+    path, field = fm.brownian_bridge(1.0), lambda t, x: jnp.zeros_like(x)
+    drift = fm.bridge_drift(path, field, field, lambda t: 0.5)
+    with pytest.raises(RuntimeError, match="A bridge's drift is not finite at an end that its"):
+        fm.sample_sde(jax.random.key(0), drift, lambda t: 0.5, jnp.ones((2, 1)), num_steps=5)
