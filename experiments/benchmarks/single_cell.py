@@ -35,7 +35,7 @@ from experiments.toy_table import resume
 from fmjax import models, training
 from fmjax.harness import command
 from fmjax.harness.records import environment, make_folder, write_json
-from fmjax.tasks import intervals, snapshots
+from fmjax.tasks import intervals, snapshot_methods, snapshots
 
 RECORDED = pathlib.Path(__file__).parent / "results" / "single_cell_torchcfm.json"
 FILES = {"emt": (1, 2), "mouse_hematopoiesis": (1,), "simulation_gene_data": (1, 2, 3)}
@@ -109,9 +109,9 @@ def run_cell(config: Config, file: str, leave_out: int, name: str) -> dict[str, 
     flags: Any = {"data": path, "leave_out": leave_out, "method": name}
     every = [single_cell.Config(seed=seed, **flags) for seed in config.seeds]
     data = snapshots.open_snapshots(every[0])
-    pairs, grown = zip(*(single_cell.make_pairs(of, data) for of in every), strict=True)
+    pairs, grown = zip(*(snapshot_methods.make_pairs(of, data) for of in every), strict=True)
     paired = time.perf_counter() - began
-    method = single_cell.make_method(every[0], data, MODEL)
+    method = snapshot_methods.make_method(every[0], data, MODEL)
     params, losses = train(config, method, list(pairs))
     keys = jax.vmap(jax.random.key)(jnp.array(config.seeds))
     moved = jax.device_get(jax.jit(jax.vmap(method.moved))(params, keys))

@@ -19,7 +19,7 @@ import fmjax as fm
 from experiments import single_cell
 from experiments.benchmarks import single_cell as table
 from fmjax.harness import train
-from fmjax.tasks import intervals, snapshot_plans, snapshots
+from fmjax.tasks import intervals, snapshot_methods, snapshot_plans, snapshots
 
 ROOT = pathlib.Path(__file__).parents[2]
 CELLS = pathlib.Path(os.environ.get("FMJAX_DATA_DIR", ROOT.parent / "shared/data"))
@@ -222,8 +222,8 @@ def trained(method):
     flags = single_cell.Config(
         data=pathlib.Path("none.npz"), method=method, sigma=sigma, plan_cells=2000
     )
-    learn = single_cell.make_method(flags, data, table.MODEL)
-    pairs, _ = single_cell.make_pairs(flags, data)
+    learn = snapshot_methods.make_method(flags, data, table.MODEL)
+    pairs, _ = snapshot_methods.make_pairs(flags, data)
     config = table.Config(seeds=(0, 1, 2, 3), num_steps=1500, batch_size=128, chunk_steps=500)
     params, _ = table.train(config, learn, [pairs] * 4)
     moved = jax.jit(jax.vmap(learn.moved))(params, jax.random.split(jax.random.key(0), 4))
@@ -305,7 +305,7 @@ def test_sigma_is_refused_where_it_cant_be():
     for method, sigma in (("i-cfm", -0.1), ("i-cfm", math.inf), ("sf2m-exact", 0.0)):
         flags = single_cell.Config(data=pathlib.Path("none.npz"), method=method, sigma=sigma)
         with pytest.raises(ValueError, match="sigma must be"):
-            single_cell.make_method(flags, data, table.MODEL)
+            snapshot_methods.make_method(flags, data, table.MODEL)
 
 
 @pytest.mark.slow
