@@ -36,6 +36,7 @@ from etils import epath
 
 import fmjax as fm
 from experiments import ddpm, digits
+from experiments.benchmarks import ddpm_report
 from fmjax import plotting
 from fmjax.data import load_digits, pixels
 from fmjax.evaluation import judging
@@ -241,50 +242,6 @@ def step_milliseconds(models: dict[str, list[Trained]], repetitions: int) -> dic
     return {name: [1e3 * second for second in all_of[1:]] for name, all_of in seconds.items()}
 
 
-def table(record: dict[str, Any]) -> str:
-    """Both trainings as Markdown."""
-    lines = [
-        "| network | predicts | bits/dim | a training step | x1 near the noise |",
-        "|---|---|---|---|---|",
-    ]
-    what = {"flow matching": "velocity, `cond_ot`", "DDPM": "noise, `vp`"}
-    base = np.array(record["step_ms"]["flow matching"])
-    for name, predicts in what.items():
-        runs = [run for run in record["runs"] if run["network"] == name]
-        bits = [run["bits_per_dim"] for run in runs]
-        errors = [run["bits_per_dim_standard_error"] for run in runs]
-        ms = np.array(record["step_ms"][name])
-        speed = f"{np.median(ms):.0f} ms, {np.median(ms / base):.2f} times as long"
-        early = f"{np.mean(record['early_error'][name]):.2f} off"
-        lines.append(f"| {name} | {predicts} | {_spread(bits, errors, 3)} | {speed} | {early} |")
-    return "\n".join(lines) + "\n"
-
-
-def samples(record: dict[str, Any]) -> str:
-    """Every sampler on both networks as Markdown."""
-    head = [f"{name}: {figure}" for name in NETWORKS for figure in ("FD", "accuracy")]
-    lines = [f"| sampler | evaluations | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
-    rows = {(row["sampler"], row["network"]): row for row in record["samples"]}
-    for way in dict.fromkeys(way for way, _ in rows):
-        pair = [rows.get((way, name)) for name in NETWORKS]
-        counts = dict.fromkeys(f"{np.mean(row['evaluations']):.0f}" for row in pair if row)
-        cells = ["- | -" if row is None else _quality(row) for row in pair]
-        lines.append(f"| {way} | {', '.join(counts)} | {' | '.join(cells)} |")
-    lines.append(f"| real images | - | {_quality(record['real'])} | | |")
-    return "\n".join(lines) + "\n"
-
-
-def _quality(row: dict[str, Any]) -> str:
-    spread = _spread(row["fd"], row["fd_standard_error"], 2)
-    return f"{spread} | {np.mean(row['accuracy']):.3f}"
-
-
-def _spread(values: list[float], errors: list[float], digits: int) -> str:
-    """The mean with the standard deviation over seeds; of one seed with its standard error."""
-    spread = np.std(values, ddof=1) if len(values) > 1 else errors[0]
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
 def main(config: Config) -> dict[str, Any]:
     models: dict[str, list[Trained]] = {name: [] for name in NETWORKS}
     runs, kept = [], ("bits_per_dim", "bits_per_dim_standard_error", "bits_per_dim_method")
@@ -298,7 +255,7 @@ def main(config: Config) -> dict[str, Any]:
     record["config"] = {name: flags[name] for name in flags if name not in ("record", "picture")}
     record["step_ms"] = step_milliseconds(models, config.repetitions)
     record |= {"early_error": early_error(models)} | measure(config, models)
-    print(table(record), samples(record), sep="\n")
+    print(ddpm_report.table(record), ddpm_report.samples(record), sep="\n")
     if config.record is not None:
         write_json(config.record, record)
     return record

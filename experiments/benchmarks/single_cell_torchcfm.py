@@ -18,13 +18,9 @@ again, the command does what is missing, then writes results/single_cell_torchcf
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import platform
 import time
 import types
 import warnings
@@ -43,6 +39,7 @@ from torchcfm.optimal_transport import OTPlanSampler
 from torchcfm.utils import torch_wrapper
 from torchdyn.core import NeuralODE
 
+from experiments.benchmarks.toy_table_torchcfm import read, record, write
 from fmjax.tasks import intervals, snapshots
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "single_cell_torchcfm.json"
@@ -157,12 +154,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write(path: pathlib.Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)  # networks this small are slower on two
@@ -178,29 +169,9 @@ def main() -> None:
                     found = run(file, k, method, seed, args)
                     write(path, {"protocol": protocol, "run": found})
                 print(path.read_text(), flush=True)
-    runs = []
-    for path in sorted(args.workdir.glob("*.json")):  # those of earlier commands too
-        record = json.loads(path.read_text())
-        if record["protocol"] != protocol:
-            raise ValueError(
-                f"{path} was made under {record['protocol']}, not {protocol}. Take another "
-                "--workdir."
-            )
-        runs.append(record["run"])
-    write(
-        args.output,
-        {
-            "experiment": "single_cell_torchcfm",
-            "command": "python -m experiments.benchmarks.single_cell_torchcfm",
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"one core of a shared {platform.machine()} server, no GPU",
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in PACKAGES},
-            "protocol": protocol,
-            "training_seconds": round(sum(r["training_seconds"] for r in runs), 1),
-            "runs": runs,
-        },
-    )
+    kept = sorted(args.workdir.glob("*.json"))  # those of earlier commands too
+    runs = [read(path, protocol) for path in kept]
+    write(args.output, record("single_cell_torchcfm", PACKAGES, protocol, runs))
 
 
 if __name__ == "__main__":

@@ -198,6 +198,33 @@ def write(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def record(
+    name: str, packages: tuple[str, ...], protocol: dict[str, Any], runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a driver of torchcfm's writes: where and by what its runs were made, and the runs."""
+    return {
+        "experiment": name,
+        "command": f"python -m experiments.benchmarks.{name}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"one core of a shared {platform.machine()} server, no GPU",
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "protocol": protocol,
+        "training_seconds": round(sum(run.get("training_seconds", 0) for run in runs), 1),
+        "runs": runs,
+    }
+
+
+def read(path: pathlib.Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """A run that was kept, refused under another protocol."""
+    kept = json.loads(path.read_text())
+    if kept["protocol"] != protocol:
+        raise ValueError(
+            f"{path} was made under {kept['protocol']}, not {protocol}. Take another --workdir."
+        )
+    return kept["run"]
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)  # networks this small are slower on two
@@ -212,31 +239,13 @@ def main() -> None:
                 path = args.workdir / f"{pair}_{method}_{seed}.json"
                 if not path.exists():
                     write(path, {"protocol": protocol, "run": run(pair, method, seed, args)})
-                record = json.loads(path.read_text())
-                if record["protocol"] != protocol:
-                    raise ValueError(
-                        f"{path} was made under {record['protocol']}, not {protocol}. Take another "
-                        "--workdir."
-                    )
-                runs.append(record["run"])
+                found = read(path, protocol)
+                runs.append(found)
                 if method == "SF2M":
                     kept = ("pair", "seed", "wasserstein2", "path_energy", "date")
-                    runs.append({"method": "SB-CFM"} | {k: record["run"][k] for k in kept})
-                print(json.dumps(record["run"]), flush=True)
-    write(
-        args.output,
-        {
-            "experiment": "toy_table_torchcfm",
-            "command": "python -m experiments.benchmarks.toy_table_torchcfm",
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"one core of a shared {platform.machine()} server, no GPU",
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in PACKAGES},
-            "protocol": protocol,
-            "training_seconds": round(sum(r.get("training_seconds", 0) for r in runs), 1),
-            "runs": runs,
-        },
-    )
+                    runs.append({"method": "SB-CFM"} | {k: found[k] for k in kept})
+                print(json.dumps(found), flush=True)
+    write(args.output, record("toy_table_torchcfm", PACKAGES, protocol, runs))
 
 
 if __name__ == "__main__":

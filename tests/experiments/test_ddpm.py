@@ -15,6 +15,7 @@ from oracles import jit, x64  # noqa: F401
 import fmjax as fm
 from experiments import ddpm, digits
 from experiments.benchmarks import ddpm as beside
+from experiments.benchmarks import ddpm_report
 from fmjax import data
 from fmjax.data import pixels
 from fmjax.evaluation import judging
@@ -170,7 +171,7 @@ def test_the_table_of_tiny_runs(tmp_path, encoder):
         assert rows["Tsit5, tolerance 0.001", name]["evaluations"][0] % 6 == 1
     for row in record["samples"]:
         assert len(row["fd"]) == 2 and row["fd"][0] != row["fd"][1] and min(row["fd"]) > 0
-    assert "| flow matching | velocity, `cond_ot` | 2.500 ± 0.707 |" in beside.table(record)
+    assert "| flow matching | velocity, `cond_ot` | 2.500 ± 0.707 |" in ddpm_report.table(record)
     again = beside.main(dataclasses.replace(config, record=None, picture=None))
     assert again["samples"] == record["samples"]
     assert len((tmp_path / "runs/drawn/computed.jsonl").read_text().splitlines()) == 16  # once each
