@@ -12,8 +12,7 @@ With z ~ N(0, I) and x_t = t x1 + (1 - t) x0 + gamma(t) z (`fmjax.paths.bridges`
                   at both ends, and the flow is solved from end to end
 
 Of two fields w is regressed in units of sigma, where u = w + gamma' z_hat has as much of either's
-error. Otherwise w's would weigh sigma^2 times as much, 49 times on the wide pair, and there SF2M's
-E int |u|^2 dt comes out as 41.8 and 36.6 for the first two seeds instead of 48.6 and 48.3.
+error. Otherwise w would weigh sigma^2 times as much, 49 times on the wide pair, and drown z_hat.
 
 SB-CFM and SF2M aim at one process, the Schroedinger bridge of sigma dB between the two ends, up to
 the batches whose plans make the pairs; the interpolant has the same ends and another way. Of these

@@ -64,7 +64,6 @@ EXPERIMENTS = {
     "experiments": {
         "data",
         "evaluation",
-        "fmjax",
         "harness",
         "metrics",
         "models",
