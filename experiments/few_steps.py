@@ -1,0 +1,276 @@
+"""What few steps buy: every way to draw in 1, 2, 4 and 8 evaluations, from one flow, at equal time.
+
+    python -m experiments.few_steps
+    python -m experiments.few_steps --dataset fashion_mnist --minutes 20 --seeds 0 \\
+        --methods mean_flow improved_mean_flow alpha_flow --workdir runs/few_steps_fashion
+
+A flow is trained first, by `experiments.flow_map --method flow_matching`. Every method goes on from
+it for the same time, `--minutes`, and so does flow matching itself ("longer"). The time is counted
+in steps, of what one step takes on this machine, measured in turn before the first training, so
+that other work on it favours nobody; compilation is not counted. Reflow pays for its pairs first.
+The flow itself is drawn from by Euler, Midpoint, Heun and Tsit5 at the counts that they know, and
+by learned solvers, fitted in seconds.
+
+FD and class accuracy are under the data set's encoder, trained at the first start, on
+`--num-samples` samples of each seed; all ways begin at the same noise, told the class, without
+guidance. What is trained or drawn already is not trained or drawn again.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+import fmjax as fm
+from experiments import few_steps_report, flow_map
+from fmjax import plotting
+from fmjax.evaluation import judging
+from fmjax.harness import command, keys, train
+from fmjax.harness.read import read
+from fmjax.harness.records import environment, write_json
+from fmjax.harness.start import say
+from fmjax.harness.store import Store
+from fmjax.harness.task import Trained
+from fmjax.tasks import flow_maps, images
+from fmjax.tasks.flow_map_methods import METHODS
+
+BATCH = 100  # samples per solve
+SHOWN = 10  # samples of a row in the picture
+MODELS = {
+    "digits": flow_map.Config.model,
+    "fashion_mnist": images.UNetConfig(
+        channels=16,
+        channel_multipliers=(1, 2, 4),
+        attention_resolutions=(7,),
+        head_channels=32,
+        horizon=True,
+        time_scale=16.0,
+    ),
+}
+Way = Callable[[Trained, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Ways to draw in few steps, side by side."""
+
+    workdir: pathlib.Path = pathlib.Path("runs/few_steps")
+    """A folder of run folders and samples."""
+    dataset: Literal["digits", "fashion_mnist"] = "digits"
+    """The images."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One flow, one training of each method and one set of samples each."""
+    minutes: float = 3.0
+    """Of every training, the flow's included."""
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "flow_matching")
+    """What is trained from the flow besides flow matching itself."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Evaluations of a draw."""
+    num_samples: int = 500
+    """Of each seed and way."""
+    judge: judging.JudgeConfig = judging.JudgeConfig()
+    """What sample quality is measured with."""
+    record: pathlib.Path | None = None
+    """A JSON file for the figures, such as experiments/benchmarks/results/few_steps_digits.json."""
+    picture: pathlib.Path | None = None
+    """A PNG of a few samples of each way."""
+
+
+def run_config(config: Config, name: str, seed: int, num_steps: int) -> Any:
+    """The flags of one training."""
+    method = "flow_matching" if name in ("flow", "longer") else name
+    begin = None if name == "flow" else epath.Path(folder(config, "flow", seed))
+    rates = {"learning_rate": 2e-3} if name == "flow" else {}
+    return flow_map.Config(
+        workdir=epath.Path(folder(config, name, seed)),
+        dataset=config.dataset,
+        model=MODELS[config.dataset],
+        seed=seed,
+        method=method,
+        init_from=begin,
+        num_steps=num_steps,
+        anneal_steps=max(1, num_steps * 3 // 4),
+        checkpoint_every=100,
+        preview_every=0,
+        num_samples=0,
+        eval_examples=0,
+        **rates,
+    )  # fmt: skip
+
+
+def folder(config: Config, name: str, seed: int) -> pathlib.Path:
+    return config.workdir / f"{name}_s{seed}"
+
+
+def step_seconds(config: Config, repetitions: int = 10) -> dict[str, float]:
+    """What a training step of each method takes, the median of some in turn, measured once."""
+    path = config.workdir / "step_seconds.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    names = [name for name in ("flow_matching", *config.methods) if name not in known]
+    if not names:
+        return known
+    say(f"Timing the training steps of {', '.join(names)} ...")
+    steps = {}
+    for name in names:
+        run = dataclasses.replace(
+            run_config(config, name, 0, 1000), workdir=None, init_from=None, method=name
+        )
+        task = flow_map.make_task(run)
+        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
+        args = task.init(jax.random.key(0)), jax.random.key(1), batch
+        steps[name] = functools.partial(jax.jit(task.step), *args)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(1 + repetitions):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            jax.block_until_ready(step())
+            times[name].append(time.perf_counter() - began)
+    known |= {name: float(np.median(found[1:])) for name, found in times.items()}
+    write_json(path, known)
+    return known
+
+
+def trained(config: Config, name: str, seed: int) -> Trained:
+    """One training, for so many steps as take the time that was asked for."""
+    method = "flow_matching" if name in ("flow", "longer") else name
+    place = folder(config, name, seed)
+    if not (place / "summary.json").exists():
+        num_steps = max(1, round(60 * config.minutes / step_seconds(config)[method]))
+        say(f"Training {name}, seed {seed}: {num_steps} steps ...")
+        train(run_config(config, name, seed, num_steps), flow_map.make_task)
+    return read(epath.Path(place))
+
+
+def solved(**options: Any) -> Way:
+    """The velocity's own flow, by a solver."""
+
+    def way(model: Trained, params: Any, key: jax.Array, x0: jax.Array, labels: jax.Array) -> Any:
+        del key
+        trajectory = fm.integrate(model.velocity(params, labels), x0, **options)
+        return trajectory.x[-1], trajectory.num_evaluations
+
+    return way
+
+
+def jumped(name: str, num_steps: int) -> Way:
+    """A flow map's own way."""
+
+    def way(model: Trained, params: Any, key: jax.Array, x0: jax.Array, labels: jax.Array) -> Any:
+        average = flow_maps.average_velocity_of(flow_maps.network_of(model), params, labels)
+        return METHODS[name].sample(key, average, x0, num_steps), num_steps
+
+    return way
+
+
+ADAPTIVE = solved(stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3))
+
+
+def ways(config: Config, name: str) -> dict[str, Way]:
+    """All ways to draw from a training."""
+    even = [n for n in config.steps if n % 2 == 0]
+    if name in METHODS:
+        return {f"{n}": jumped(name, n) for n in config.steps} | {"adaptive": ADAPTIVE}
+    euler = {f"Euler, {n}": solved(solver=diffrax.Euler(), num_steps=n) for n in config.steps}
+    if name == "longer":
+        return euler | {"adaptive": ADAPTIVE}
+    return (
+        euler
+        | {"Euler, 16": solved(solver=diffrax.Euler(), num_steps=16)}
+        | {f"Midpoint, {n}": solved(solver=diffrax.Midpoint(), num_steps=n // 2) for n in even}
+        | {f"Heun, {n}": solved(solver=diffrax.Heun(), num_steps=n // 2) for n in even}
+        | {f"Tsit5, {6 * n + 1}": solved(solver=diffrax.Tsit5(), num_steps=n) for n in (1, 2)}
+        | {"adaptive": ADAPTIVE}
+    )
+
+
+def draw(config: Config, name: str, label: str, way: Way, models: list[Trained]) -> list[Any]:
+    """Pixel values and evaluations of every seed's network, drawn once and kept."""
+    num, samples = config.num_samples, models[0].task.samples
+    labels = models[0].condition(np.arange(num))
+    assert samples is not None  # of every image run
+    solve = jax.jit(functools.partial(way, models[0]))
+
+    def arrays(seed: int, model: Trained) -> dict[str, np.ndarray]:
+        key_x0, key_way = jax.random.split(keys.key(seed, "samples"))
+        x0, parts, counts = model.source.sample(key_x0, num), [], []
+        for first in range(0, num, BATCH):
+            rows = np.arange(first, first + BATCH) % num
+            key = jax.random.fold_in(key_way, first)
+            x1, count = solve(model.params, key, x0[rows], labels[rows])
+            parts.append(samples.arrays(np.asarray(x1))["images"][: num - first])
+            counts.append(int(count))
+        return {"images": np.concatenate(parts), "evaluations": np.asarray(np.mean(counts))}
+
+    found = []
+    for seed, model in zip(config.seeds, models, strict=True):
+        settings = {"parameters": model.digest, "seed": seed, "num_samples": num}
+        kept = Store(config.workdir / "drawn", name, settings)
+        found.append(kept.get(label.replace(", ", "_"), functools.partial(arrays, seed, model)))
+    return found
+
+
+def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
+    """A row for each training and way, each with what every seed gave, and real images'."""
+    run, num = models["flow"][0].config, config.num_samples
+    pictures = images.Pictures(run)
+    judge = judging.make_judge(config.judge, images.real_images(run, pictures), BATCH)
+    labels = models["flow"][0].condition(np.arange(num))
+    rows, shown = [], []
+    for name, of_seeds in models.items():
+        for label, way in ways(config, name).items():
+            drawn = draw(config, name, label, way, of_seeds)
+            row = {"training": name, "way": label}
+            row |= {"evaluations": [float(found["evaluations"]) for found in drawn]}
+            rows.append(row | judged(judge, [(found["images"], labels) for found in drawn]))
+            shown.append(drawn[0]["images"][:SHOWN])
+            say(few_steps_report.line(rows[-1]))
+    real, rng = pictures.train, np.random.default_rng(0)
+    of_class = [np.flatnonzero(real.labels == label) for label in labels]
+    picked = [np.array([rng.choice(rows) for rows in of_class]) for _ in config.seeds]
+    if config.picture is not None:
+        picture = plotting.grid(np.concatenate(shown), columns=SHOWN, num_levels=real.num_levels)
+        plotting.save(config.picture, picture)
+    found = judged(judge, [(real.images[k], labels) for k in picked])
+    return {"samples": rows, "real": found, "judge": judge.record}
+
+
+def judged(judge: judging.Judge, sets: list[tuple[np.ndarray, Any]]) -> dict[str, list[float]]:
+    """FD, its error and class accuracy of every set of (pixel values, classes)."""
+    figures = [judge.figures(judge.encode(x1, BATCH), labels) for x1, labels in sets]
+    return {
+        "fd": [found["frechet_distance"].value for found in figures],
+        "fd_standard_error": [found["frechet_distance"].standard_error for found in figures],
+        "accuracy": [found["class_accuracy"].value for found in figures],
+    }
+
+
+def main(config: Config) -> dict[str, Any]:
+    if unknown := set(config.methods) - METHODS.keys():
+        raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {unknown.pop()}.")
+    models: dict[str, list[Trained]] = {}
+    for seed in config.seeds:
+        for name in ("flow", "longer", *config.methods):
+            models.setdefault(name, []).append(trained(config, name, seed))
+    flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    record: dict[str, Any] = environment()
+    record["config"] = {name: flags[name] for name in flags if name not in ("record", "picture")}
+    record["step_seconds"] = step_seconds(config)
+    record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
+    record |= measure(config, models)
+    print(few_steps_report.table(record))
+    if config.record is not None:
+        write_json(config.record, record)
+    return record
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="experiments.few_steps", doc=__doc__)
