@@ -20,7 +20,8 @@ class Config(flow_map.Config, adversaries.AdversaryConfig):
     """An average velocity of images with an adversary, on the 8x8 digits by default."""
 
 
-make_task = adversaries.make_task
+def make_task(config: Config) -> harness.Task:
+    return adversaries.make_task(config)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Config(flow_maps.FlowMapConfig):
     eval_batch_size: int = 99
 
 
-make_task = flow_maps.make_task
+def make_task(config: Config) -> harness.Task:
+    return flow_maps.make_task(config)
 
 
 if __name__ == "__main__":
