@@ -327,8 +327,13 @@ def per_example(model: Callable[[jax.Array, jax.Array], Any]) -> Velocity:
     return velocity
 
 
-def check_velocity(what: str, velocity: Any, form: str = "(t, x) -> u") -> None:
-    """Refuses what can't be called, and a Flax model without its parameters."""
+def check_velocity(
+    what: str,
+    velocity: Any,
+    form: str = "(t, x) -> u",
+    fix: str = "functools.partial(model.apply, params)",
+) -> None:
+    """Refuses what can't be called, and a Flax model without its parameters, which `fix` gives."""
     if not callable(velocity):
         raise ValueError(f"{what} must be a function {form}; got {kind(velocity)}.")
     function: Any = velocity
@@ -342,5 +347,5 @@ def check_velocity(what: str, velocity: Any, form: str = "(t, x) -> u") -> None:
     if is_flax and (unbound or getattr(function, "__name__", "") == "apply"):
         raise ValueError(
             f"{what} needs its parameters; got a Flax {type(model).__name__} without them. Write "
-            "functools.partial(model.apply, params)."
+            f"{fix}."
         )

@@ -121,6 +121,30 @@ def gaussian_velocity(path: fm.AffinePath, mean: np.ndarray, std: np.ndarray) ->
     return velocity
 
 
+def gaussian_average_velocity(path: fm.AffinePath, mean: np.ndarray, std: np.ndarray):
+    """The exact `(t, s, x) -> U` to N(mean, diag(std^2)) along any path.
+
+    The flow map is phi = alpha(s) m + S(s) / S(t) (x - alpha(t) m), S^2 = alpha^2 std^2 + sigma^2,
+    by the standard deviations alone: no velocity is used but where s = t.
+    """
+
+    def average(t, s, x):
+        m, tau = jnp.asarray(mean, x.dtype)[None], jnp.asarray(std, x.dtype)[None]
+
+        def moments(t):
+            alpha, sigma = (f(t)[:, None] for f in path)
+            return alpha * m, jnp.sqrt(alpha**2 * tau**2 + sigma**2)
+
+        t, s = (jnp.broadcast_to(jnp.asarray(a, x.dtype), x.shape[:1]) for a in (t, s))
+        (mu_t, std_t), (mu_s, std_s) = moments(t), moments(s)
+        phi = mu_s + std_s / std_t * (x - mu_t)
+        h = (s - t)[:, None]
+        moved = (phi - x) / jnp.where(h == 0, jnp.ones_like(h), h)
+        return jnp.where(h == 0, gaussian_velocity(path, mean, std)(t, x), moved)
+
+    return average
+
+
 def gaussian_predictions(path: fm.AffinePath, mean: np.ndarray, std: np.ndarray) -> tuple:
     """E[x1 | x_t] and E[x0 | x_t] for data N(mean, diag(std^2)): two functions `(t, x)`."""
 

@@ -116,16 +116,16 @@ def check_path(path: Any) -> None:
 _SLACK = 1e-5  # a grid in float32, or a difference quotient, need not end on 0 and 1
 
 
-def as_time(t: Any) -> jax.Array:
+def as_time(t: Any, name: str = "t") -> jax.Array:
     """t as an array of at least float32; refused outside [0, 1] where its value is known."""
-    t = as_array("t", t)
+    t = as_array(name, t)
     if not jnp.issubdtype(t.dtype, jnp.floating):
-        t = as_floating("t", t) if jnp.iscomplexobj(t) else t.astype(jnp.float32)
+        t = as_floating(name, t) if jnp.iscomplexobj(t) else t.astype(jnp.float32)
     if is_concrete(t) and t.size:
         known = np.asarray(t)  # JAX's own minimum of it is traced under jit
         if not (known.min() >= -_SLACK and known.max() <= 1 + _SLACK):
             raise ValueError(
-                "t must be in [0, 1], 0 at the source and 1 at the data; got times from "
+                f"{name} must be in [0, 1], 0 at the source and 1 at the data; got times from "
                 f"{known.min()} to {known.max()}. Steps of 0..N need t / N."
             )
     return at_least_float32(t)
