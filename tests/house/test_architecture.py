@@ -28,6 +28,7 @@ ARROWS = {
     "paths": {"types"},
     "couplings": {"types"},
     "solve": {"sources", "types"},
+    "flow_maps": {"solve", "types"},
     "models": {"types"},
     "weights": {"files", "types"},
     "inference": {"types"},
