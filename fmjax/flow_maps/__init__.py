@@ -1,15 +1,29 @@
-"""Average velocities: flows in one step or a few, and the losses that train them."""
+"""Average velocities, flows in one step or a few; and what a trained velocity is distilled into."""
 
+from .adversary import RelativisticLosses as RelativisticLosses
+from .adversary import gradient_penalty as gradient_penalty
+from .adversary import relativistic_losses as relativistic_losses
+from .adversary import transport_cost as transport_cost
 from .average import AverageVelocity as AverageVelocity
 from .average import flow_map as flow_map
 from .average import instantaneous as instantaneous
+from .fitting import FittedSolver as FittedSolver
+from .fitting import fit_solver as fit_solver
 from .losses import adaptive_weight as adaptive_weight
 from .losses import alpha_flow_loss as alpha_flow_loss
 from .losses import improved_mean_flow_loss as improved_mean_flow_loss
 from .losses import mean_flow_loss as mean_flow_loss
 from .losses import terminal_velocity_loss as terminal_velocity_loss
+from .pairs import flow_pairs as flow_pairs
+from .pairs import invert_pairs as invert_pairs
+from .pairs import straightness as straightness
 from .sampling import sample_renoised as sample_renoised
 from .sampling import sample_steps as sample_steps
+from .solvers import NonStationary as NonStationary
+from .solvers import apply_solver as apply_solver
+from .solvers import check_solver as check_solver
+from .solvers import from_euler as from_euler
+from .solvers import from_midpoint as from_midpoint
 from .time_pairs import TimePair as TimePair
 from .time_pairs import clip_end as clip_end
 from .time_pairs import ordered_times as ordered_times

@@ -28,7 +28,7 @@ ARROWS = {
     "paths": {"types"},
     "couplings": {"types"},
     "solve": {"sources", "types"},
-    "flow_maps": {"paths", "types"},
+    "flow_maps": {"paths", "solve", "types"},
     "models": {"types"},
     "weights": {"files", "types"},
     "inference": {"types"},
@@ -50,6 +50,7 @@ ARROWS = {
     "tasks": {
         "data",
         "evaluation",
+        "flow_maps",
         "harness",
         "inference",
         "metrics",
