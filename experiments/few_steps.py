@@ -31,7 +31,7 @@ import numpy as np
 from etils import epath
 
 import fmjax as fm
-from experiments import few_steps_report, flow_map
+from experiments import adversary, few_steps_report, flow_map, learned_solver, reflow
 from fmjax import plotting
 from fmjax.evaluation import judging
 from fmjax.harness import command, keys, train
@@ -40,7 +40,8 @@ from fmjax.harness.records import environment, write_json
 from fmjax.harness.start import say
 from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
-from fmjax.tasks import flow_maps, images
+from fmjax.flow_maps import apply_solver
+from fmjax.tasks import flow_maps, images, pairs
 from fmjax.tasks.flow_map_methods import METHODS
 
 BATCH = 100  # samples per solve
@@ -56,6 +57,10 @@ MODELS = {
         time_scale=16.0,
     ),
 }
+MODULES: dict[str, Any] = {"reflow": reflow, "adversary": adversary}
+METHOD = {"flow": "flow_matching", "longer": "flow_matching"}
+ALL = (*(name for name in METHODS if name != "flow_matching"), *MODULES)
+LEARNED = "learned solver, "
 Way = Callable[[Trained, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -71,10 +76,12 @@ class Config:
     """One flow, one training of each method and one set of samples each."""
     minutes: float = 3.0
     """Of every training, the flow's included."""
-    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "flow_matching")
+    methods: tuple[str, ...] = ALL
     """What is trained from the flow besides flow matching itself."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Evaluations of a draw."""
+    num_pairs: int = 4096
+    """Pairs that reflow learns from."""
     num_samples: int = 500
     """Of each seed and way."""
     judge: judging.JudgeConfig = judging.JudgeConfig()
@@ -87,67 +94,101 @@ class Config:
 
 def run_config(config: Config, name: str, seed: int, num_steps: int) -> Any:
     """The flags of one training."""
-    method = "flow_matching" if name in ("flow", "longer") else name
-    begin = None if name == "flow" else epath.Path(folder(config, "flow", seed))
+    flow = None if name == "flow" else epath.Path(folder(config, "flow", seed))
+    shared: dict[str, Any] = {
+        "workdir": epath.Path(folder(config, name, seed)),
+        "seed": seed,
+        "num_steps": num_steps,
+        "decay_steps": num_steps,
+        "checkpoint_every": 100,
+    }
+    if name == "reflow":
+        return reflow.Config(teacher=flow, num_pairs=config.num_pairs, **shared)
+    shared |= {"dataset": config.dataset, "model": MODELS[config.dataset], "preview_every": 0}
+    shared |= {"num_samples": 0, "eval_examples": 0}
+    if name == "adversary":
+        return adversary.Config(generator=flow, **shared)
     rates = {"learning_rate": 2e-3} if name == "flow" else {}
+    anneal = max(1, num_steps * 3 // 4)
     return flow_map.Config(
-        workdir=epath.Path(folder(config, name, seed)),
-        dataset=config.dataset,
-        model=MODELS[config.dataset],
-        seed=seed,
-        method=method,
-        init_from=begin,
-        num_steps=num_steps,
-        anneal_steps=max(1, num_steps * 3 // 4),
-        checkpoint_every=100,
-        preview_every=0,
-        num_samples=0,
-        eval_examples=0,
-        **rates,
-    )  # fmt: skip
+        method=METHOD.get(name, name), init_from=flow, anneal_steps=anneal, **rates, **shared
+    )
 
 
 def folder(config: Config, name: str, seed: int) -> pathlib.Path:
     return config.workdir / f"{name}_s{seed}"
 
 
-def step_seconds(config: Config, repetitions: int = 10) -> dict[str, float]:
-    """What a training step of each method takes, the median of some in turn, measured once."""
+def step_seconds(config: Config, name: str, repetitions: int = 15) -> float:
+    """What a training step takes: flow matching's, times what it was against that in turn.
+
+    Measured once and kept; reflow's when its teacher is trained.
+    """
     path = config.workdir / "step_seconds.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    names = [name for name in ("flow_matching", *config.methods) if name not in known]
-    if not names:
-        return known
+    name = METHOD.get(name, name)
+    if name in known:
+        return known[name]
+    others = [other for other in config.methods if other != "reflow" and other not in known]
+    names = dict.fromkeys(["flow_matching", *(others if name != "reflow" else [name])])
     say(f"Timing the training steps of {', '.join(names)} ...")
-    steps = {}
-    for name in names:
-        run = dataclasses.replace(
-            run_config(config, name, 0, 1000), workdir=None, init_from=None, method=name
-        )
-        task = flow_map.make_task(run)
-        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
-        args = task.init(jax.random.key(0)), jax.random.key(1), batch
-        steps[name] = functools.partial(jax.jit(task.step), *args)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    steps = {other: _step(config, other) for other in names}
+    times: dict[str, list[float]] = {other: [] for other in names}
     for _ in range(1 + repetitions):
-        for name, step in steps.items():
+        for other, step in steps.items():
             began = time.perf_counter()
             jax.block_until_ready(step())
-            times[name].append(time.perf_counter() - began)
-    known |= {name: float(np.median(found[1:])) for name, found in times.items()}
+            times[other].append(time.perf_counter() - began)
+    median = {other: float(np.median(found[1:])) for other, found in times.items()}
+    base = known.get("flow_matching", median["flow_matching"])
+    known |= {other: base * median[other] / median["flow_matching"] for other in names}
+    config.workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
-    return known
+    return known[name]
+
+
+def _step(config: Config, name: str) -> Callable[[], Any]:
+    """One training step, of a new network."""
+    run = run_config(config, name, 0, 1000)
+    if name != "reflow":
+        run = dataclasses.replace(run, init_from=None)
+    if name == "adversary":
+        run = dataclasses.replace(run, generator=None)
+    task = MODULES.get(name, flow_map).make_task(run)
+    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
+    return functools.partial(
+        jax.jit(task.step), task.init(jax.random.key(0)), jax.random.key(1), batch
+    )
 
 
 def trained(config: Config, name: str, seed: int) -> Trained:
     """One training, for so many steps as take the time that was asked for."""
-    method = "flow_matching" if name in ("flow", "longer") else name
     place = folder(config, name, seed)
     if not (place / "summary.json").exists():
-        num_steps = max(1, round(60 * config.minutes / step_seconds(config)[method]))
+        left = 60 * config.minutes - (_pair_seconds(config, seed) if name == "reflow" else 0.0)
+        num_steps = max(1, round(left / step_seconds(config, name)))
         say(f"Training {name}, seed {seed}: {num_steps} steps ...")
-        train(run_config(config, name, seed, num_steps), flow_map.make_task)
+        train(run_config(config, name, seed, num_steps), MODULES.get(name, flow_map).make_task)
     return read(epath.Path(place))
+
+
+def _pair_seconds(config: Config, seed: int) -> float:
+    """What the pairs of a flow took, on the clock."""
+    path = config.workdir / f"pair_seconds_s{seed}.json"
+    if not path.exists():
+        began = time.perf_counter()
+        pairs.TeacherPairs(run_config(config, "reflow", seed, 1000))
+        write_json(path, time.perf_counter() - began)
+    return json.loads(path.read_text())
+
+
+def learned(config: Config, seed: int, num_steps: int) -> Any:
+    """The solver of so many evaluations of a flow, fitted once; and what its fit took."""
+    place = epath.Path(folder(config, "flow", seed))
+    path = place / f"learned_solver_{num_steps}.json"
+    if not path.exists():
+        learned_solver.main(learned_solver.Config(run=place, evaluations=num_steps))
+    return learned_solver.read_solver(place, read(place), num_steps)
 
 
 def solved(**options: Any) -> Way:
@@ -165,10 +206,22 @@ def jumped(name: str, num_steps: int) -> Way:
     """A flow map's own way."""
 
     def way(model: Trained, params: Any, key: jax.Array, x0: jax.Array, labels: jax.Array) -> Any:
-        average = flow_maps.average_velocity_of(flow_maps.network_of(model), params, labels)
-        return METHODS[name].sample(key, average, x0, num_steps), num_steps
+        given = params["generator"] if name == "adversary" else params
+        average = flow_maps.average_velocity_of(flow_maps.network_of(model), given, labels)
+        method = METHODS["mean_flow" if name == "adversary" else name]
+        return method.sample(key, average, x0, num_steps), num_steps
 
     return way
+
+
+def by_its_solver(
+    model: Trained, given: Any, key: jax.Array, x0: jax.Array, labels: jax.Array
+) -> Any:
+    """The flow by a learned solver: `given` is (parameters, solver)."""
+    del key
+    params, solver = given
+    x1 = apply_solver(model.velocity(params, labels), solver, x0)
+    return x1, len(solver.ts)
 
 
 ADAPTIVE = solved(stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3))
@@ -176,18 +229,19 @@ ADAPTIVE = solved(stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3
 
 def ways(config: Config, name: str) -> dict[str, Way]:
     """All ways to draw from a training."""
-    even = [n for n in config.steps if n % 2 == 0]
-    if name in METHODS:
-        return {f"{n}": jumped(name, n) for n in config.steps} | {"adaptive": ADAPTIVE}
     euler = {f"Euler, {n}": solved(solver=diffrax.Euler(), num_steps=n) for n in config.steps}
-    if name == "longer":
+    if name in ("longer", "reflow"):
         return euler | {"adaptive": ADAPTIVE}
+    if name != "flow":
+        return {f"{n}": jumped(name, n) for n in config.steps} | {"adaptive": ADAPTIVE}
+    even = [n for n in config.steps if n % 2 == 0]
     return (
         euler
         | {"Euler, 16": solved(solver=diffrax.Euler(), num_steps=16)}
         | {f"Midpoint, {n}": solved(solver=diffrax.Midpoint(), num_steps=n // 2) for n in even}
         | {f"Heun, {n}": solved(solver=diffrax.Heun(), num_steps=n // 2) for n in even}
         | {f"Tsit5, {6 * n + 1}": solved(solver=diffrax.Tsit5(), num_steps=n) for n in (1, 2)}
+        | {f"{LEARNED}{n}": by_its_solver for n in config.steps}
         | {"adaptive": ADAPTIVE}
     )
 
@@ -202,10 +256,13 @@ def draw(config: Config, name: str, label: str, way: Way, models: list[Trained])
     def arrays(seed: int, model: Trained) -> dict[str, np.ndarray]:
         key_x0, key_way = jax.random.split(keys.key(seed, "samples"))
         x0, parts, counts = model.source.sample(key_x0, num), [], []
+        given: Any = model.params
+        if label.startswith(LEARNED):
+            given = given, learned(config, seed, int(label.removeprefix(LEARNED)))
         for first in range(0, num, BATCH):
             rows = np.arange(first, first + BATCH) % num
             key = jax.random.fold_in(key_way, first)
-            x1, count = solve(model.params, key, x0[rows], labels[rows])
+            x1, count = solve(given, key, x0[rows], labels[rows])
             parts.append(samples.arrays(np.asarray(x1))["images"][: num - first])
             counts.append(int(count))
         return {"images": np.concatenate(parts), "evaluations": np.asarray(np.mean(counts))}
@@ -254,8 +311,8 @@ def judged(judge: judging.Judge, sets: list[tuple[np.ndarray, Any]]) -> dict[str
 
 
 def main(config: Config) -> dict[str, Any]:
-    if unknown := set(config.methods) - METHODS.keys():
-        raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {unknown.pop()}.")
+    if unknown := set(config.methods) - set(ALL):
+        raise ValueError(f"--methods must be of {', '.join(ALL)}; got {unknown.pop()}.")
     models: dict[str, list[Trained]] = {}
     for seed in config.seeds:
         for name in ("flow", "longer", *config.methods):
@@ -263,7 +320,7 @@ def main(config: Config) -> dict[str, Any]:
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     record: dict[str, Any] = environment()
     record["config"] = {name: flags[name] for name in flags if name not in ("record", "picture")}
-    record["step_seconds"] = step_seconds(config)
+    record["step_seconds"] = {name: step_seconds(config, name) for name in models}
     record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)
     print(few_steps_report.table(record))

@@ -13,16 +13,13 @@ def line(row: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """Every training and way as Markdown; a step's cost is against flow matching's."""
-    base = record["step_seconds"]["flow_matching"]
+    base = record["step_seconds"]["flow"]
     lines = [
         "| training | a step | way | evaluations | FD | accuracy |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["samples"]:
-        method = {"flow": "flow_matching", "longer": "flow_matching"}.get(
-            row["training"], row["training"]
-        )
-        cost = f"{record['step_seconds'][method] / base:.2f}"
+        cost = f"{record['step_seconds'][row['training']] / base:.2f}"
         fd, accuracy = _quality(row).split(", accuracy ")
         lines.append(
             f"| {row['training']} | {cost} | {row['way']} | {np.mean(row['evaluations']):.3g} "

@@ -119,7 +119,10 @@ def make_task(config: AdversaryConfig) -> Task:
     tx = optax.partition(
         {
             "generator": training.adam(
-                config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+                config.learning_rate,
+                warmup_steps=config.warmup_steps,
+                decay_steps=config.decay_steps,
+                clip_norm=config.clip_norm,
             ),
             "discriminator": optax.adam(config.discriminator_rate, b1=0.0, b2=0.99),
         },
