@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .types import TimeSampler, is_concrete, kind
+from ..types import TimeSampler, is_concrete, kind
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
