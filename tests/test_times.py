@@ -26,6 +26,11 @@ def edm_cdf(mean, std):
     return lambda t: stats.norm.sf((np.log(1 / t - 1) - mean) / std)
 
 
+def u_shaped_cdf(a):
+    """The integral of e^(a s) + e^(a (1 - s)) from 0 to t, over that to 1."""
+    return lambda t: (np.exp(a * t) - np.exp(a * (1 - t)) + np.expm1(a)) / (2 * np.expm1(a))
+
+
 TIMES = {
     "uniform": (fm.uniform, stats.uniform.cdf),
     "logit_normal": (fm.logit_normal(), logit_normal_cdf(0.0, 1.0)),
@@ -38,7 +43,14 @@ TIMES = {
         fm.shifted(fm.shifted(fm.uniform, 3.0), 0.2),
         lambda t: 0.6 * t / (1 - 0.4 * t),
     ),
+    "power": (fm.power(4.0), lambda t: t**5),
+    "power_negative": (fm.power(-0.5), np.sqrt),
+    "u_shaped": (fm.u_shaped(), u_shaped_cdf(4.0)),
+    "u_shaped_steep": (fm.u_shaped(12.0), u_shaped_cdf(12.0)),
+    "beta": (fm.beta(1.0, 1.5), stats.beta(1.0, 1.5).cdf),
+    "beta_other": (fm.beta(3.0, 2.0), stats.beta(3.0, 2.0).cdf),
 }
+WITH_QUANTILE = [name for name in TIMES if not name.startswith("beta")]
 all_times = pytest.mark.parametrize("name", TIMES)
 
 
@@ -65,6 +77,68 @@ def test_shape_dtype_and_key(name):
     assert not np.isin(times(jax.random.key(4), (4,)), times(key, (4,))).any()
     with jax.enable_x64(True):
         assert times(key, (4,)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", WITH_QUANTILE)
+def test_the_quantile_inverts_the_distribution_function(name):
+    times, cdf = TIMES[name]
+    u = np.linspace(0.001, 0.999, 999)
+    with jax.enable_x64(True):
+        t = times.quantile(jnp.asarray(u))
+        ends = times.quantile(jnp.asarray([0.0, 1.0], jnp.float32))
+    np.testing.assert_allclose(cdf(np.asarray(t)), u, atol=1e-9 if "edm" not in name else 1e-6)
+    np.testing.assert_allclose(ends, [1e-4 if "edm" in name else 0.0, 1.0], atol=1e-7)
+
+
+def test_the_draws_are_those_of_jax_as_ever():
+    key, shape = jax.random.key(5), (64,)
+    n = jax.random.normal(key, shape, jnp.float32)
+    u = jax.random.uniform(key, shape, jnp.float32)
+    for times, want in (
+        (fm.uniform, u),
+        (fm.logit_normal(0.8, 0.5), jax.nn.sigmoid(0.8 + 0.5 * n)),
+        (fm.edm_skewed(), jnp.clip(jax.nn.sigmoid(1.2 + 1.2 * n), 1e-4, 1.0)),
+        (fm.shifted(fm.uniform, 3.0), u / (u + 3.0 * (1 - u))),
+    ):
+        np.testing.assert_array_equal(times(key, shape), want)
+
+
+@pytest.mark.parametrize("name", WITH_QUANTILE)
+def test_every_stratum_is_hit_once(name):
+    times, cdf = TIMES[name]
+    strata = fm.stratified(times)
+    for num in (1, 7, 64):
+        with jax.enable_x64(True):  # a float32 time's place in [0, 1] is rounded
+            u = cdf(np.asarray(strata(jax.random.key(num), (num,)), np.float64))
+        # A time is rounded to 6e-8, which a steep density's u feels several times over.
+        low = np.sort(np.asarray(u)) * num - np.arange(num)
+        assert low.min() > -1e-3 and low.max() < 1 + 1e-3
+    assert strata(jax.random.key(0), (2, 3)).shape == (2, 3)
+    assert strata(jax.random.key(0), ()).shape == ()
+
+
+def test_a_stratified_time_has_the_density_in_every_row():
+    strata = jax.vmap(lambda key: fm.stratified(fm.power(2.0))(key, (8,)))
+    t = np.asarray(strata(jax.random.split(jax.random.key(0), 2000)), np.float64)
+    for row in t.T:
+        assert stats.kstest(row, lambda t: t**3).pvalue > P_VALUE
+
+
+def test_the_mean_of_stratified_times_has_the_variance_of_theory():
+    num, repeats = 16, 4000
+    keys = jax.random.split(jax.random.key(1), repeats)
+    for times, theory in ((fm.uniform, 12 * num), (fm.stratified(fm.uniform), 12 * num**3)):
+        means = np.asarray(jax.vmap(lambda key, f=times: f(key, (num,)))(keys)).mean(1)
+        # The standard error of a variance is sqrt(2 / repeats) = 2.2 % of it.
+        np.testing.assert_allclose(means.var() * theory, 1.0, atol=0.09)
+
+
+def test_strata_end_below_one():
+    """At 2^20 strata (i + U) / n rounds up to the next stratum, and at the last to 1."""
+    num = 2**20
+    t = np.asarray(fm.stratified(fm.uniform)(jax.random.key(0), (num,)), np.float64)
+    assert t.max() < 1
+    np.testing.assert_array_equal(np.sort(np.floor(t * num)), np.arange(num))
 
 
 def test_edm_skewed_leans_towards_the_data():
@@ -94,6 +168,20 @@ def test_errors():
             fm.shifted(fm.uniform, shift)
     with pytest.raises(ValueError, match=r"times must be a sampler.*got 3.0"):
         fm.shifted(3.0, fm.uniform)
+    with pytest.raises(ValueError, match=r"times must be a sampler.*got None"):
+        fm.stratified(None)
+    for times in (fm.beta(1.0, 1.5), fm.shifted(fm.beta(1.0, 1.5), 2.0)):
+        with pytest.raises(ValueError, match="needs a sampler with a quantile function"):
+            fm.stratified(times)
+    for exponent in (-1.0, -2.0, np.nan, None):
+        with pytest.raises(ValueError, match="exponent must be"):
+            fm.power(exponent)
+    for a in (0.0, -4.0, 101.0, np.inf, "4"):
+        with pytest.raises(ValueError, match="a must be"):
+            fm.u_shaped(a)
+    for a, b, wrong in ((0.0, 1.0, "a"), (1.0, -1.0, "b"), (1.0, np.nan, "b")):
+        with pytest.raises(ValueError, match=f"{wrong} must be"):
+            fm.beta(a, b)
     for t_min in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match="t_min must be in"):
             fm.edm_skewed(t_min=t_min)
