@@ -19,8 +19,8 @@ Steps = Callable[
 HeldOut = Callable[[training.TrainState, jax.Array, Any], jax.Array]
 
 
-def adam(config: RunConfig) -> optax.GradientTransformation:
-    """Adam as the flags say; with `max_skipped_steps` one that leaves bad steps out."""
+def optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """The optimiser that the flags name; with `max_skipped_steps` one that leaves bad steps out."""
     tx = training.adam(
         config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
     )

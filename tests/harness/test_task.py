@@ -64,7 +64,7 @@ def test_the_average_and_the_mean_are_those_of_the_training_step():
         key_draw, key_loss = jax.random.split(key)
         return jnp.mean(tiny.loss(params, key_loss, tiny.draw(key_draw, batch)))
 
-    want = training.make_train_step(mean_loss, harness.adam(config), ema_decay=0.9)
+    want = training.make_train_step(mean_loss, harness.optimizer(config), ema_decay=0.9)
     state, batch = task.init(KEY), task.batch(np.arange(16))
     for a, b in zip(
         jax.tree.leaves(jax.jit(task.step)(state, KEY, batch)),
