@@ -21,8 +21,12 @@ HeldOut = Callable[[training.TrainState, jax.Array, Any], jax.Array]
 
 def optimizer(config: RunConfig) -> optax.GradientTransformation:
     """The optimiser that the flags name; with `max_skipped_steps` one that leaves bad steps out."""
-    tx = training.adam(
-        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+    make = training.muon if config.optimizer == "muon" else training.adam
+    tx = make(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps,
+        clip_norm=config.clip_norm,
     )
     return skip_not_finite(tx, config.max_skipped_steps)
 
