@@ -89,7 +89,7 @@ def make_task(config: Config) -> harness.Task:
         sample, labels = drawn
         return jnp.mean(fm.bridge_loss(functools.partial(network.fields, params, labels), sample))
 
-    tx = harness.adam(config)
+    tx = harness.optimizer(config)
     train_step = training.make_train_step(mean_loss, tx, ema_decay=config.ema_decay)
 
     def init(key: jax.Array) -> training.TrainState:

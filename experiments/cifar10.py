@@ -64,7 +64,7 @@ def make_task(config: Config) -> harness.Task:
 
     init_params = functools.partial(images.init_params, model, pictures.event_shape)
     init, step = harness.from_loss(
-        draw, loss, harness.adam(config), init_params, ema_decay=config.ema_decay
+        draw, loss, harness.optimizer(config), init_params, ema_decay=config.ema_decay
     )
     return images.make_task(config, pictures, model, init, step)
 

@@ -57,7 +57,7 @@ def make_task(config: Config) -> harness.Task:
     init, step = harness.from_loss(
         draw,
         lambda params, key, sample: method.loss(params, sample),
-        harness.adam(config),
+        harness.optimizer(config),
         method.init,
         ema_decay=config.ema_decay,
     )

@@ -70,7 +70,7 @@ def make_task(config: Config) -> harness.Task:
     init, step = harness.from_loss(
         draw,
         loss,
-        harness.adam(config),
+        harness.optimizer(config),
         lambda key: model.init(key, jnp.zeros(()), jnp.zeros((1, 2))),
         ema_decay=config.ema_decay,
     )

@@ -46,7 +46,7 @@ def make_task(config: Config) -> harness.Task:
 
     init_params = functools.partial(vectors.init_params, model, table)
     init, step = harness.from_loss(
-        draw, loss, harness.adam(config), init_params, ema_decay=config.ema_decay
+        draw, loss, harness.optimizer(config), init_params, ema_decay=config.ema_decay
     )
     return vectors.make_task(config, table, model, init, step)
 

@@ -59,9 +59,13 @@ from .solve import sample_sde as sample_sde
 from .sources import Source as Source
 from .sources import standard_normal as standard_normal
 from .sources import standard_normal_log_prob as standard_normal_log_prob
+from .times import beta as beta
 from .times import edm_skewed as edm_skewed
 from .times import logit_normal as logit_normal
+from .times import power as power
 from .times import shifted as shifted
+from .times import stratified as stratified
+from .times import u_shaped as u_shaped
 from .times import uniform as uniform
 from .types import Coupling as Coupling
 from .types import Divergence as Divergence

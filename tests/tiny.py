@@ -125,7 +125,7 @@ def make_task(config):
     init, step = harness.from_loss(
         draw,
         slow_loss if config.rounds or config.unrolled else loss,
-        harness.adam(config),
+        harness.optimizer(config),
         lambda key: init_params(config.dim, key),
         ema_decay=config.ema_decay,
     )

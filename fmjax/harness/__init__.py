@@ -8,7 +8,7 @@ from .fit import fit as fit
 from .read import load as load
 from .start import main as main
 from .start import train as train
-from .step import adam as adam
+from .step import optimizer as optimizer
 from .step import skip_not_finite as skip_not_finite
 from .task import Samples as Samples
 from .task import Task as Task

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -57,10 +57,15 @@ class RunConfig:
     """Steps between previews, pictures of a few samples, and held-out losses; 0 for none."""
     init_from: epath.Path | None = None
     """Run folder whose parameters, the moving average, this run begins with: fine-tuning."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Adam, or Muon for the hidden matrices and Adam for the rest."""
     learning_rate: float = 2e-4
-    """Adam's learning rate after the warm-up."""
+    """The learning rate after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
+    decay_steps: int | None = None
+    """Step at which the learning rate has fallen to zero, on a line from the warm-up's end; it
+    stays without it. At least num_steps, since a rate of zero trains nothing."""
     clip_norm: float | None = 1.0
     """Largest global norm of a gradient, or None."""
     ema_decay: float = 0.999
@@ -127,6 +132,16 @@ def check_flags(config: RunConfig) -> None:
         places.check_name(f"--{name.replace('_', '-')}", getattr(config, name) or "")
     if config.ema_decay > 1:
         raise ValueError(f"--ema-decay must be in [0, 1]; got {config.ema_decay}.")
+    if config.decay_steps is not None and config.decay_steps <= config.warmup_steps:
+        raise ValueError(
+            f"--decay-steps must be above --warmup-steps; got {config.decay_steps} and "
+            f"{config.warmup_steps}. Without the flag the rate stays."
+        )
+    if config.decay_steps is not None and config.decay_steps < config.num_steps:
+        raise ValueError(
+            f"--decay-steps must be at least --num-steps, since a rate of zero trains nothing; got "
+            f"{config.decay_steps} and {config.num_steps}."
+        )
     if config.checkpoint_every % config.steps_per_dispatch:
         raise ValueError(
             f"--checkpoint-every must be a multiple of --steps-per-dispatch; got "

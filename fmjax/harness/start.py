@@ -138,7 +138,7 @@ def _check_skipping(config: RunConfig, state: training.TrainState) -> None:
     if config.max_skipped_steps and counted is None:
         raise ValueError(
             "--max-skipped-steps needs an optimiser that leaves such steps out; this task's takes "
-            "them. harness.adam(config) makes one, harness.skip_not_finite(tx, "
+            "them. harness.optimizer(config) makes one, harness.skip_not_finite(tx, "
             "config.max_skipped_steps) another."
         )
 

@@ -19,10 +19,14 @@ Steps = Callable[
 HeldOut = Callable[[training.TrainState, jax.Array, Any], jax.Array]
 
 
-def adam(config: RunConfig) -> optax.GradientTransformation:
-    """Adam as the flags say; with `max_skipped_steps` one that leaves bad steps out."""
-    tx = training.adam(
-        config.learning_rate, warmup_steps=config.warmup_steps, clip_norm=config.clip_norm
+def optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """The optimiser that the flags name; with `max_skipped_steps` one that leaves bad steps out."""
+    make = training.muon if config.optimizer == "muon" else training.adam
+    tx = make(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps,
+        clip_norm=config.clip_norm,
     )
     return skip_not_finite(tx, config.max_skipped_steps)
 

@@ -1,6 +1,9 @@
 """One training step, on one device or many; checkpoints are imported by name."""
 
+from .averages import power_ema as power_ema
+from .matrices import matrix_axes as matrix_axes
 from .optimizers import adam as adam
+from .optimizers import muon as muon
 from .step import LossFn as LossFn
 from .step import Metrics as Metrics
 from .step import TrainState as TrainState

@@ -145,7 +145,7 @@ def test_held_out_losses_are_those_of_the_whole_batch():
     init, take = harness.from_loss(
         tiny.draw,
         lambda params, key, drawn: fm.cfm_loss(tiny.velocity(params, drawn[1]), drawn[0]),
-        harness.adam(config),
+        harness.optimizer(config),
         lambda key: tiny.init_params(2, key),
     )
     task, batch = task._replace(init=init, step=take), task.batch(np.arange(32))

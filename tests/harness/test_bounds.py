@@ -83,6 +83,22 @@ def test_every_number_of_every_experiment_is_looked_at():
         config.check_flags(whole)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"decay_steps": 0}, "--decay-steps must be positive; got 0"),
+        ({"decay_steps": 50}, "--decay-steps must be above --warmup-steps; got 50 and 100"),
+        ({"decay_steps": 799}, "--decay-steps must be at least --num-steps.*got 799 and 800"),
+    ],
+)
+def test_a_decay_that_can_not_be_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(digits.Config(**flags), digits.make_task)
+    config.check_flags(digits.Config(decay_steps=800))
+    # More steps than the decay has are refused; fewer leave the rate of each step as it was.
+    assert not config.FREE & {"decay_steps", "optimizer", "warmup_steps", "learning_rate"}
+
+
 def test_what_may_be_zero_or_empty():
     model = UNetConfig(attention_resolutions=(), dropout=0.0)
     config.check_flags(digits.Config(seed=0, warmup_steps=0, ema_decay=0.0, model=model))

@@ -117,7 +117,7 @@ def too_large(config):
         return x + 0 * jax.lax.stop_gradient(jnp.sort(wide, axis=1)[:, 0, 0])
 
     init, take = harness.from_loss(
-        lambda key, batch: batch, loss, harness.adam(config), lambda key: jnp.zeros(())
+        lambda key, batch: batch, loss, harness.optimizer(config), lambda key: jnp.zeros(())
     )
     return tiny.make_task(config)._replace(init=init, step=take)
 

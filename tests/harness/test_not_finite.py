@@ -38,7 +38,7 @@ def nan_gradient(n):
 def train_until_broken(folder, broken, **settings):
     """Adam moves n by 1e-3 a step, so the fourth step is the first below -2.5e-3."""
     config = Config(workdir=folder, checkpoint_every=2, **({"num_steps": 10} | settings))
-    tx = harness.adam(dataclasses.replace(config, learning_rate=1e-3))
+    tx = harness.optimizer(dataclasses.replace(config, learning_rate=1e-3))
 
     def loss(params, key, x):
         n = params["n"]

@@ -50,7 +50,7 @@ def my_task(config: Flags) -> harness.Task:
         return fm.cfm_loss(images.training_velocity(config, model, params, key, None), path_sample)
 
     init_params = functools.partial(images.init_params, model, digits.event_shape)
-    init, step = harness.from_loss(draw, loss, harness.adam(config), init_params)
+    init, step = harness.from_loss(draw, loss, harness.optimizer(config), init_params)
     return images.make_task(config, digits, model, init, step)
 
 if __name__ == "__main__":

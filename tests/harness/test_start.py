@@ -135,7 +135,7 @@ def test_parameters_of_another_network_are_refused_with_the_leaves_that_differ(t
             return {"other": params["w"]} | {name: params[name] for name in "bc"}
 
         task = tiny.make_task(config)
-        init, _ = harness.from_loss(tiny.draw, tiny.loss, harness.adam(config), init_params)
+        init, _ = harness.from_loss(tiny.draw, tiny.loss, harness.optimizer(config), init_params)
         return task._replace(init=init)
 
     for make_task, flags, names in (

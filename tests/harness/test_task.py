@@ -55,6 +55,22 @@ def test_jitted_and_eager_steps_are_the_same():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_the_flags_name_the_optimiser_and_its_rate(name):
+    flags = {"warmup_steps": 2, "decay_steps": 25, "clip_norm": 0.5}
+    config = tiny.Config(optimizer=name, **flags)
+    tx = harness.optimizer(config)
+    want = {"adam": training.adam, "muon": training.muon}[name](1e-2, **flags)
+    params = {"Block_0": {"Dense_0": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}}
+    states = [tx.init(params), want.init(params)]
+    for n in range(5):
+        gradients = jax.tree.map(lambda leaf, n=n: (n + 1) * jnp.sin(leaf), params)
+        got, states[0] = tx.update(gradients, states[0], params)
+        expected, states[1] = want.update(gradients, states[1], params)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert optax.tree.norm(got) > 0
+
+
 def test_the_average_and_the_mean_are_those_of_the_training_step():
     """The step is `training.make_train_step`'s, of the mean of the losses."""
     task = tiny.make_task(tiny.Config())
@@ -64,7 +80,7 @@ def test_the_average_and_the_mean_are_those_of_the_training_step():
         key_draw, key_loss = jax.random.split(key)
         return jnp.mean(tiny.loss(params, key_loss, tiny.draw(key_draw, batch)))
 
-    want = training.make_train_step(mean_loss, harness.adam(config), ema_decay=0.9)
+    want = training.make_train_step(mean_loss, harness.optimizer(config), ema_decay=0.9)
     state, batch = task.init(KEY), task.batch(np.arange(16))
     for a, b in zip(
         jax.tree.leaves(jax.jit(task.step)(state, KEY, batch)),
