@@ -88,7 +88,7 @@ def make_task(config: FlowMapConfig) -> Task:
         )
     pictures = images.open_images(config)
     model = images.make_unet(config, pictures.num_classes)
-    method, tx = METHODS[config.method], harness.adam(config)
+    method, tx = METHODS[config.method], harness.optimizer(config)
     init_params = functools.partial(images.init_params, model, pictures.event_shape)
 
     def at(progress: jax.Array) -> tuple[Any, Any]:
