@@ -34,13 +34,13 @@ import fmjax as fm
 from experiments import adversary, few_steps_report, flow_map, learned_solver, reflow
 from fmjax import plotting
 from fmjax.evaluation import judging
+from fmjax.flow_maps import apply_solver
 from fmjax.harness import command, keys, train
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.start import say
 from fmjax.harness.store import Store
 from fmjax.harness.task import Trained
-from fmjax.flow_maps import apply_solver
 from fmjax.tasks import flow_maps, images, pairs
 from fmjax.tasks.flow_map_methods import METHODS
 
@@ -74,7 +74,7 @@ class Config:
     """The images."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One flow, one training of each method and one set of samples each."""
-    minutes: float = 3.0
+    minutes: float = 2.0
     """Of every training, the flow's included."""
     methods: tuple[str, ...] = ALL
     """What is trained from the flow besides flow matching itself."""
@@ -109,10 +109,9 @@ def run_config(config: Config, name: str, seed: int, num_steps: int) -> Any:
     if name == "adversary":
         return adversary.Config(generator=flow, **shared)
     rates = {"learning_rate": 2e-3} if name == "flow" else {}
+    method: Any = METHOD.get(name, name)
     anneal = max(1, num_steps * 3 // 4)
-    return flow_map.Config(
-        method=METHOD.get(name, name), init_from=flow, anneal_steps=anneal, **rates, **shared
-    )
+    return flow_map.Config(method=method, init_from=flow, anneal_steps=anneal, **rates, **shared)
 
 
 def folder(config: Config, name: str, seed: int) -> pathlib.Path:

@@ -115,6 +115,7 @@ def make_task(config: FlowMapConfig) -> Task:
 
 def with_few_steps(task: Task, pictures: images.Pictures, few: Callable[..., jax.Array]) -> Task:
     """A task that also draws, at its end, by `few(params, key, x0, labels, num_steps)`."""
+    assert task.finish is not None  # of every image run
     return task._replace(finish=functools.partial(_finish, task.finish, pictures, few))
 
 
@@ -152,6 +153,6 @@ def _finish(
     rows = [sharding.gathered(few(trained.params, key_x0, *given, n)) for n in FEW]
     path = folder / "samples" / f"few_steps_{trained.step:08d}.png"
     if cluster.is_main():
-        drawn = np.asarray(pixels.quantize(np.concatenate(rows), pictures.num_levels))
+        drawn = np.asarray(pixels.quantize(jnp.concatenate(rows), pictures.num_levels))
         plotting.save(path, plotting.grid(drawn, columns=num, num_levels=pictures.num_levels))
     return figures | {"few_steps": str(path.relative_to(folder))}

@@ -61,6 +61,8 @@ class UNetConfig:
     """Groups of the normalisations; up to 32 with at least four channels in each without it."""
     time_scale: float = 1000.0
     """What times are multiplied by before their embedding."""
+    horizon: bool = False
+    """Whether it is an average velocity's, and also takes s - t."""
 
 
 @dataclasses.dataclass(frozen=True)
