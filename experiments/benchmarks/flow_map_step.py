@@ -1,0 +1,133 @@
+"""What a training step of each flow map costs beside a flow-matching step of the same network.
+
+    python -m experiments.benchmarks.flow_map_step
+
+Time is the median over steps that are taken in turn, so that other work on the machine slows all of
+them; memory is what XLA plans for temporaries; compilation is one of each. On a CPU every network
+is also timed with the kernels that are made for it, which training takes from 300 steps on.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import flow_map
+from fmjax.harness import command
+from fmjax.harness.records import environment, write_json
+from fmjax.harness.start import say
+from fmjax.tasks.flow_map_methods import METHODS
+from fmjax.tasks.images import UNetConfig
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "digits, 8x8x1": {},
+    "Fashion-MNIST, 28x28x1": {
+        "dataset": "fashion_mnist",
+        "model": UNetConfig(
+            channels=16,
+            channel_multipliers=(1, 2, 4),
+            attention_resolutions=(7,),
+            head_channels=32,
+            horizon=True,
+            time_scale=16.0,
+        ),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Training steps of flow maps side by side."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    """Of these."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """flow_matching, the base, first."""
+    batch_size: int = 64
+    """Examples per step."""
+    repetitions: int = 20
+    """Timed steps of each."""
+    record: pathlib.Path | None = None
+    """A JSON file for the figures."""
+
+
+def compiled(config: Config, network: str, kernels: Any, method: Any) -> tuple[Any, dict[str, Any]]:
+    """A compiled step with its arguments, and what compiling it took and planned."""
+    run = flow_map.Config(
+        method=method, kernels=kernels, batch_size=config.batch_size, **NETWORKS[network]
+    )
+    task = flow_map.make_task(run)
+    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(config.batch_size)))
+    args = task.init(jax.random.key(0)), jax.random.key(1), batch
+    lowered = jax.jit(task.step).lower(*args)
+    began = time.perf_counter()
+    step = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory = step.memory_analysis()
+    megabytes = None if memory is None else memory.temp_size_in_bytes / 2**20
+    return functools.partial(step, *args), {"compile_s": seconds, "temporaries_mib": megabytes}
+
+
+def milliseconds(steps: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Every step in turn, after a first one of each."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + repetitions):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            jax.block_until_ready(step())
+            found[name].append(1e3 * (time.perf_counter() - began))
+    return {name: times[1:] for name, times in found.items()}
+
+
+def main(config: Config) -> dict[str, Any]:
+    if config.methods[:1] != ("flow_matching",) or set(config.methods) - METHODS.keys():
+        raise ValueError(
+            f"--methods must begin with flow_matching and be of {', '.join(METHODS)}; got "
+            f"{' '.join(config.methods)}."
+        )
+    rows, kinds = [], ("xla", "cpu") if jax.default_backend() == "cpu" else ("xla",)
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
+    for network in config.networks:
+        for kernels in kinds:
+            steps, facts = {}, {}
+            for method in config.methods:
+                say(f"{network}, {kernels} kernels: {method} ...")
+                steps[method], facts[method] = compiled(config, network, kernels, method)
+            times = milliseconds(steps, config.repetitions)
+            base = np.array(times["flow_matching"])
+            for method in config.methods:
+                row = {"network": network, "kernels": kernels, "method": method}
+                row |= {"step_ms": float(np.median(times[method]))}
+                row |= {"ratio": float(np.median(np.array(times[method]) / base))}
+                rows.append(row | facts[method])
+    record = environment() | {"batch_size": config.batch_size, "rows": rows}
+    print(table(record))
+    if config.record is not None:
+        write_json(config.record, record)
+    return record
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| network | kernels | method | a step | against flow matching | temporaries | compiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        memory = row["temporaries_mib"]
+        lines.append(
+            f"| {row['network']} | {row['kernels']} | {row['method']} | {row['step_ms']:.0f} ms "
+            f"| {row['ratio']:.2f} | {'-' if memory is None else f'{memory:.0f} MiB'} "
+            f"| {row['compile_s']:.0f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="experiments.benchmarks.flow_map_step", doc=__doc__)
