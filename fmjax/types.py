@@ -95,12 +95,13 @@ class SourceLogProb(Protocol):
     def __call__(self, x0: jax.Array, /) -> jax.Array: ...
 
 
-def broadcast_time(t: jax.Array, x: jax.Array) -> jax.Array:
+def broadcast_time(t: jax.Array, x: jax.Array, name: str = "t") -> jax.Array:
     """Shapes a time, or a function of time, so that it multiplies `x` example by example.
 
     Args:
       t: `[]` or `[batch]`.
       x: `[batch, *event]`.
+      name: names `t` in the error.
 
     Returns:
       `t` with ones appended to its shape, of rank `x.ndim`.
@@ -115,8 +116,8 @@ def broadcast_time(t: jax.Array, x: jax.Array) -> jax.Array:
     t, shape = jnp.asarray(t), np.shape(x)
     if t.ndim > 1 or t.shape != shape[: t.ndim]:
         raise ValueError(
-            "t must have the shape [] or [batch], a prefix of the shape of x; "
-            f"got t {t.shape} and x {shape}. A column of times needs t[:, 0]."
+            f"{name} must have the shape [] or [batch], a prefix of the shape of x; "
+            f"got {name} {t.shape} and x {shape}. A column of times needs {name}[:, 0]."
         )
     return t.reshape(t.shape + (1,) * (len(shape) - t.ndim))
 

@@ -155,8 +155,8 @@ def as_times(t: Any, s: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         s < t, each where the values are known.
     """
     t, s = as_time(t), as_time(s, "s")
-    for time in (t, s):
-        broadcast_time(time, x)  # refuses another shape
+    for name, time in (("t", t), ("s", s)):
+        broadcast_time(time, x, name)  # refuses another shape
     if is_concrete(t, s) and (np.asarray(s) < np.asarray(t)).any():
         raise ValueError(
             "s must not be before t, since U(t, s, x) is the average velocity from t on to s; got "

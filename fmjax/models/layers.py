@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from fmjax.models.kernels import KERNELS, Kernels
+from fmjax.types import broadcast_time
 
 
 class Dtypes(TypedDict):
@@ -101,12 +102,42 @@ def class_indices(
     return jnp.where(in_range, labels.astype(jnp.int32), num_classes + 1)
 
 
+def horizon_rows(horizon: jax.Array | None, takes_one: bool, x: jax.Array) -> jax.Array | None:
+    """The horizon s - t as `[batch]` or `[1]`; None where the network takes none.
+
+    Args:
+      horizon: `[]` or `[batch]`, not negative; None means 0, of which the network is the velocity.
+      takes_one: whether the network was built with `horizon=True`.
+      x: `[batch, *event]`.
+
+    Raises:
+      ValueError: a horizon for a network without one; another shape; a negative one, where it is
+        known.
+    """
+    if not takes_one:
+        if horizon is None:
+            return None
+        raise ValueError(
+            f"horizon needs a network that takes one; got horizon {jnp.shape(horizon)} and "
+            "horizon=False. Build the model with horizon=True: the parameters of the one without "
+            "keep their names."
+        )
+    horizon = jnp.zeros((), jnp.float32) if horizon is None else horizon
+    if not isinstance(horizon, Tracer) and np.min(np.asarray(horizon)) < 0:
+        raise ValueError(
+            f"horizon must not be negative, being s - t for t <= s; got {np.min(horizon)}. Are t "
+            "and s swapped?"
+        )
+    return broadcast_time(horizon, x, "horizon").reshape(-1)
+
+
 class Embedding(nn.Module):
-    """The U-Net's embedding of time and class, activated once for all the blocks.
+    """The U-Net's embedding of time, horizon and class, activated once for all the blocks.
 
     Attributes:
       channels: the network's base width; the embedding is four times as wide.
-      time_scale: times t before the sines and cosines, whose frequencies run from 1 to 1e-4.
+      time_scale: times t, and the horizon, before the sines and cosines, whose frequencies run from
+        1 to 1e-4.
       num_classes: None, or the number of classes.
       dtype: of the computation; the sines and cosines are taken in at least float32.
       param_dtype: of the parameters.
@@ -119,12 +150,26 @@ class Embedding(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, t: jax.Array, labels: jax.Array | None, batch_size: int) -> jax.Array:
+    def __call__(
+        self,
+        t: jax.Array,
+        labels: jax.Array | None,
+        batch_size: int,
+        horizon: jax.Array | None = None,
+    ) -> jax.Array:
         dtypes = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         highest, lowest = self.time_scale, self.time_scale / 10_000
-        emb = time_embedding(t, self.channels, highest=highest, lowest=lowest).astype(self.dtype)
-        emb = nn.silu(nn.Dense(4 * self.channels, **dtypes)(emb))
-        emb = nn.Dense(4 * self.channels, **dtypes)(emb)
+        embed = functools.partial(
+            time_embedding, features=self.channels, highest=highest, lowest=lowest
+        )
+        dense = functools.partial(nn.Dense, 4 * self.channels, **dtypes)
+        emb = nn.silu(dense()(embed(t).astype(self.dtype)))
+        emb = dense()(emb)
+        if horizon is not None:
+            # Zero at first, so that a network trained without can be trained on.
+            zeros = nn.initializers.zeros
+            h = nn.silu(dense(name="horizon_in")(embed(horizon).astype(self.dtype)))
+            emb = emb + dense(name="horizon_out", kernel_init=zeros)(h)
         indices = class_indices(labels, batch_size, self.num_classes)
         if self.num_classes is not None and indices is not None:
             emb = emb + nn.Embed(self.num_classes + 1, 4 * self.channels, **dtypes)(indices)

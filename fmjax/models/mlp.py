@@ -2,11 +2,13 @@
 
     h_1 = act(W_1 x + V embedding(t) + C + b_1),  h_n = act(W_n h_{n-1} + b_n),  u = W h_N + b
 
-with C = E[label] for a class, or a matrix times the numbers of a condition.
+with C = E[label] for a class, or a matrix times the numbers of a condition. A network with a
+horizon, s - t of an average velocity, adds V' embedding(s - t), with V' = 0 at first.
 
 Time enters through sines and cosines, as in Ho et al. (2020, arXiv 2006.11239), at angular
 frequencies from 1 to 30 per unit of t. They tell hundredths of [0, 1] apart and leave the velocity
-smooth in t; frequencies up to 1000 would cost an adaptive solver many more steps.
+smooth in t; frequencies up to 1000 would cost an adaptive solver many more steps, and make the time
+derivative of a flow map's loss all oscillation.
 """
 
 import functools
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fmjax.models.layers import Dtypes, class_indices, time_embedding
+from fmjax.models.layers import Dtypes, class_indices, horizon_rows, time_embedding
 from fmjax.types import as_array, broadcast_time, wider
 
 
@@ -35,6 +37,8 @@ class MLP(nn.Module):
       num_classes: None, or the number of classes; index num_classes is the null class, "no
         label", which a model trained for guidance sees instead of a dropped label.
       time_features: size of the embedding of time.
+      horizon: whether the network takes the horizon s - t, in a second embedding, which adds zero
+        at first: parameters that were trained without it can be trained on.
       dropout: the rate after every hidden layer.
       dtype: of the computation; None means the wider of x's and the parameters'.
       param_dtype: of the parameters.
@@ -50,6 +54,7 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     num_classes: int | None = None
     time_features: int = 64
+    horizon: bool = False
     dropout: float = 0.0
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -61,26 +66,29 @@ class MLP(nn.Module):
         x: jax.Array,
         labels: jax.Array | None = None,
         *,
+        horizon: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """The velocity at time t and point x.
+        """The velocity at time t and point x, or the average one from t to t + horizon.
 
         Args:
           t: times in [0, 1], `[]` or `[batch]`.
           x: `[batch, dim]`, floating.
           labels: integers in 0..num_classes, `[batch]`; None means the null class for all.
+          horizon: s - t, not negative, `[]` or `[batch]`; None means 0.
           deterministic: False turns dropout on, and wants `rngs={"dropout": key}`.
 
         Returns:
           `[batch, dim]`, in the dtype of x. NaN where a traced label is out of range.
 
         Raises:
-          ValueError: x, t or labels of a wrong shape or dtype; labels without num_classes; a
-            concrete label out of range; no hidden layer.
+          ValueError: x, t, labels or horizon of a wrong shape or dtype; labels without
+            num_classes, a horizon without `horizon=True`; a concrete label out of range or a
+            negative horizon; no hidden layer.
         """
         _check(self, x)
         indices = class_indices(labels, x.shape[0], self.num_classes)
-        emb, dtypes = _embedded_time(self, t, x)
+        emb, dtypes = _embedded_time(self, t, x, horizon)
         if self.num_classes is not None and indices is not None:
             table = nn.Embed(self.num_classes + 1, self.features[0], name="label", **dtypes)
             emb = emb + table(indices)
@@ -98,6 +106,8 @@ class ConditionalMLP(nn.Module):
       features: widths of the hidden layers, at least one.
       activation: of the hidden layers; see `MLP` on kinks.
       time_features: size of the embedding of time.
+      horizon: whether the network takes the horizon s - t, in a second embedding, which adds zero
+        at first: parameters that were trained without it can be trained on.
       dropout: the rate after every hidden layer.
       dtype: of the computation; None means the wider of x's and the parameters'.
       param_dtype: of the parameters.
@@ -112,31 +122,39 @@ class ConditionalMLP(nn.Module):
     features: Sequence[int] = (128, 128, 128)
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     time_features: int = 64
+    horizon: bool = False
     dropout: float = 0.0
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, t: jax.Array, x: jax.Array, condition: Any, *, deterministic: bool = True
+        self,
+        t: jax.Array,
+        x: jax.Array,
+        condition: Any,
+        *,
+        horizon: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> jax.Array:
-        """The velocity at time t and point x under a condition.
+        """The velocity at t and x under a condition, or the average one from t to t + horizon.
 
         Args:
           t: times in [0, 1], `[]` or `[batch]`.
           x: `[batch, dim]`, floating.
           condition: floating, `[batch, ...]`, or a pytree of such arrays.
+          horizon: s - t, not negative, `[]` or `[batch]`; None means 0.
           deterministic: False turns dropout on, and wants `rngs={"dropout": key}`.
 
         Returns:
           `[batch, dim]`, in the dtype of x.
 
         Raises:
-          ValueError: x, t or a leaf of the condition of a wrong shape or dtype; no condition; no
-            hidden layer.
+          ValueError: x, t, horizon or a leaf of the condition of a wrong shape or dtype; no
+            condition; a horizon without `horizon=True`, or a negative one; no hidden layer.
         """
         _check(self, x)
-        emb, dtypes = _embedded_time(self, t, x)
+        emb, dtypes = _embedded_time(self, t, x, horizon)
         numbers = _flat(condition, x.shape[0]).astype(dtypes["dtype"])
         emb = emb + nn.Dense(self.features[0], use_bias=False, name="condition", **dtypes)(numbers)
         return _layers(self, x, emb, dtypes, deterministic)
@@ -171,15 +189,22 @@ def _flat(condition: Any, batch_size: int) -> jax.Array:
 
 
 def _embedded_time(
-    model: MLP | ConditionalMLP, t: jax.Array, x: jax.Array
+    model: MLP | ConditionalMLP, t: jax.Array, x: jax.Array, horizon: jax.Array | None
 ) -> tuple[jax.Array, Dtypes]:
-    """What time adds to the first hidden layer, and the dtypes of the layers."""
+    """What time and horizon add to the first hidden layer, and the dtypes of the layers."""
     dtype = model.dtype or jnp.promote_types(x.dtype, model.param_dtype)
     dtypes = Dtypes(dtype=dtype, param_dtype=model.param_dtype)
-    t = broadcast_time(t, x).reshape(-1)
-    emb = time_embedding(t, model.time_features, highest=30.0, lowest=1.0).astype(dtype)
+    dense = functools.partial(nn.Dense, model.features[0], use_bias=False, **dtypes)
+
+    def embed(t: jax.Array) -> jax.Array:
+        return time_embedding(t, model.time_features, highest=30.0, lowest=1.0).astype(dtype)
+
     # Apart from x, so that a scalar time is multiplied once and a Jacobian skips it.
-    return nn.Dense(model.features[0], use_bias=False, name="time", **dtypes)(emb), dtypes
+    emb = dense(name="time")(embed(broadcast_time(t, x).reshape(-1)))
+    rows = horizon_rows(horizon, model.horizon, x)
+    if rows is not None:
+        emb = emb + dense(name="horizon", kernel_init=nn.initializers.zeros)(embed(rows))
+    return emb, dtypes
 
 
 def _layers(

@@ -26,6 +26,8 @@ from fmjax.types import broadcast_time
 class UNet(nn.Module):
     """A velocity over images: `model.apply(params, t, x, labels=None) -> u`.
 
+    With `horizon=True` an average velocity: `model.apply(params, t, x, horizon=s - t) -> U`.
+
     Attributes:
       channels: the base width.
       channel_multipliers: one per resolution; level n works on `channels * multiplier` channels
@@ -43,7 +45,11 @@ class UNet(nn.Module):
       num_groups: groups of every GroupNorm, 32 in the published networks, or None: up to 32, with
         at least four channels in each.
       time_scale: times t before the sinusoidal embedding, which was made for 0..1000. A smaller one
-        makes the velocity smoother in t and an adaptive solver's steps longer.
+        makes the velocity smoother in t and an adaptive solver's steps longer. Flow maps, whose
+        losses take the derivative in t, want 1 to 16: at 1000 it is all oscillation.
+      horizon: whether the network takes the horizon s - t, in a second embedding of the same scale,
+        which adds zero at first: parameters that were trained without it can be trained on, their
+        names are the same.
       num_classes: None, or the number of classes; index num_classes is the null class, "no
         label", which a model trained for guidance sees instead of a dropped label.
       kernels: how convolutions and attention are computed: XLA's way, or on a CPU by
@@ -74,6 +80,7 @@ class UNet(nn.Module):
     conv_resample: bool = True
     num_groups: int | None = None
     time_scale: float = 1000.0
+    horizon: bool = False
     num_classes: int | None = None
     kernels: Kernels = KERNELS
     remat: bool = False
@@ -87,23 +94,26 @@ class UNet(nn.Module):
         x: jax.Array,
         labels: jax.Array | None = None,
         *,
+        horizon: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """The velocity at time t and image x.
+        """The velocity at time t and image x, or the average one from t to t + horizon.
 
         Args:
           t: times in [0, 1], `[]` or `[batch]`.
           x: `[batch, height, width, channel]`, floating, of any number of channels; height and
             width divisible by 2**(levels - 1).
           labels: integers in 0..num_classes, `[batch]`; None means the null class for all.
+          horizon: s - t, not negative, `[]` or `[batch]`; None means 0.
           deterministic: False turns dropout on, and wants `rngs={"dropout": key}`.
 
         Returns:
           The shape and dtype of x. NaN where a traced label is out of range.
 
         Raises:
-          ValueError: x, t or labels of a wrong shape or dtype; labels without num_classes; a
-            concrete label out of range; channels that the heads do not divide.
+          ValueError: x, t, labels or horizon of a wrong shape or dtype; labels without
+            num_classes, a horizon without `horizon=True`; a concrete label out of range or a
+            negative horizon; channels that the heads do not divide.
         """
         self._check_image(x)
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
@@ -111,7 +121,8 @@ class UNet(nn.Module):
         shared = {**dtypes, "num_groups": self.num_groups, "kernels": self.kernels}
         t = broadcast_time(t, x).reshape(-1)
         embedding = layers.Embedding(self.channels, self.time_scale, self.num_classes, **dtypes)
-        emb = embedding(t, labels, x.shape[0])
+        rows = layers.horizon_rows(horizon, self.horizon, x)
+        emb = embedding(t, labels, x.shape[0], rows)
 
         # Flax would name a block under remat otherwise, and its parameters with it.
         block_names = (f"ResBlock_{n}" for n in itertools.count())
