@@ -326,7 +326,7 @@ def refusals():
         yield (
             f"{name}-s",
             lambda loss=loss: loss(U, sample, s[:2]),
-            r"t must have the shape \[\] or",
+            r"s must have the shape \[\] or",
         )
     yield "alpha-0", lambda: flow(sample, s, 0.0), "alpha must be a finite number, positive; got 0"
     yield "alpha-2", lambda: flow(sample, s, 2.0), r"alpha must be in \(0, 1\].*got 2"

@@ -5,9 +5,11 @@ that are all random: a fresh U-Net is the zero velocity and would pass anything.
 """
 
 import functools
+import operator
 
 import flax.errors
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,12 @@ def given(model, dtype=jnp.float32, batch=BATCH):
     return {} if model.num_classes is None else {"labels": jnp.asarray([0, 2, 1])[:batch]}
 
 
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
 @functools.cache
 def build(name):
     """(apply, jvp, t, x): u = apply(t, x), and (u, du) = jvp(t, x, dt, dx), compiled once."""
@@ -110,6 +118,49 @@ def test_derivatives_in_t_and_x_match_finite_differences(case):
         behind, _ = jvp(t - eps * dt_, x - eps * dx_, dt_, dx_)
         assert relative(du, (ahead - behind) / (2 * eps)) < 1e-3
         assert np.linalg.norm(du) > 1e-2 * np.linalg.norm(u)
+
+
+HORIZONS = {
+    **MODELS,
+    "unet_remat": (TINY(num_heads=2, remat=True), (4, 4, 2)),
+    "unet_winograd": (TINY(channels=64, num_res_blocks=0, kernels=cpu.KERNELS), (20, 18, 1)),
+}
+
+
+@functools.cache
+def with_horizon(name):
+    """(model, params) in float64; times embedded at a scale that suits flow maps."""
+    model, event = HORIZONS[name]
+    scale = {"time_scale": 16.0} if isinstance(model, models.UNet) else {}
+    model = model.clone(horizon=True, param_dtype=jnp.float64, **scale)
+    return model, random_params(model, event, jnp.float64), event
+
+
+QUICK = ("mlp", "mlp_condition", "unet_remat")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in HORIZONS]
+)
+def test_the_total_derivative_of_an_average_velocity_matches_finite_differences(name, x64):
+    """dU/dt, the jvp along (1, 0, u) of U(t, s, x), which is what a MeanFlow step takes."""
+    model, params, event = with_horizon(name)
+    (x, _), t, s = data(event, jnp.float64), jnp.asarray([0.13, 0.5, 0.88]), jnp.ones(BATCH)
+    u = jnp.asarray(np.random.default_rng(3).normal(size=x.shape))
+
+    def average(t, x):
+        return model.apply(params, t, x, **given(model, jnp.float64), horizon=s - t)
+
+    jvp = jit(lambda t, x: jax.jvp(average, (t, x), (jnp.ones_like(t), u)))
+    if name == "unet_winograd":
+        assert "conv3x3" in str(jax.make_jaxpr(average)(t, x))
+    if name == "unet_remat":
+        assert "remat" in str(jax.make_jaxpr(average)(t, x))
+    eps = 1e-4  # a GPU's softmax is float32 even here
+    value, slope = jvp(t, x)
+    ahead, behind = jvp(t + eps, x + eps * u)[0], jvp(t - eps, x - eps * u)[0]
+    assert relative(slope, (ahead - behind) / (2 * eps)) < 1e-5
+    assert np.linalg.norm(slope) > 1e-2 * np.linalg.norm(value)
 
 
 def test_examples_do_not_influence_each_other(case):
@@ -175,7 +226,7 @@ def test_compute_dtype_is_apart_from_parameters_and_output(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_keeps_its_dtype(name):
     model, event = MODELS[name]
-    x, t = data(event)[0], jnp.zeros(())
+    x, t, model = data(event)[0], jnp.zeros(()), model.clone(horizon=True)
     for dtype, inputs in ((jnp.bfloat16, jnp.float32), (None, jnp.bfloat16), (None, jnp.float16)):
         run = functools.partial(
             model.clone(dtype=dtype).init_with_output, capture_intermediates=True, **given(model)
@@ -207,6 +258,74 @@ def test_dropout_acts_only_when_asked_and_repeats_from_its_key(name):
     assert str(jax.make_jaxpr(apply)(x)) == str(jax.make_jaxpr(without)(x))
     with pytest.raises(flax.errors.InvalidRngError):
         jax.eval_shape(functools.partial(apply, deterministic=False), x)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp_condition", "unet"))]
+)
+def test_a_horizon_adds_zero_at_first_and_then_something(name):
+    """A network trained without one goes on with its own parameters, under their own names."""
+    plain, event = {**MODELS, "unet": NETWORKS["unet"]}[name]
+    model, x, t = plain.clone(horizon=True), data(event)[0], jnp.asarray(0.5)
+    h = jnp.asarray([0.0, 0.2, 0.5])
+
+    @jit
+    def run(key):
+        old, new = (m.init(key, t, x, **given(plain)) for m in (plain, model))
+        trained = jax.tree.map(lambda a: a + 0.1, old)
+        flat = (flax.traverse_util.flatten_dict(tree) for tree in (new, trained))
+        grown = flax.traverse_util.unflatten_dict(functools.reduce(operator.or_, flat))
+        moved = jax.tree.map(lambda a: a + 0.1, new)
+        apply = functools.partial(model.apply, **given(plain))
+        with_and_without = apply(moved, t, x, horizon=h), apply(moved, t, x)
+        want = plain.apply(trained, t, x, **given(plain))
+        return old, new, want, apply(grown, t, x, horizon=h), with_and_without
+
+    old, new, want, got, (each, none) = run(jax.random.key(0))
+    paths = dict(jax.tree_util.tree_leaves_with_path(new))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(old):
+        np.testing.assert_array_equal(paths.pop(path), leaf)
+    assert paths and all("horizon" in str(path) for path in paths)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(each[0], none[0], rtol=1e-5)
+    assert min(relative(each[i], none[i]) for i in (1, 2)) > 1e-3
+
+
+def test_the_time_derivative_of_a_unet_wants_a_small_time_scale(x64):
+    """A step of 0.02 by the derivative: nearly there at 16, far off at 1000."""
+    times, off = jnp.asarray([0.2, 0.5, 0.8]), {}
+    x, slopes = data((2, 2, 1), jnp.float64)[0], {}
+    for scale in (16.0, 1000.0):
+        model = TINY(num_res_blocks=0, time_scale=scale, horizon=True, param_dtype=jnp.float64)
+        average = functools.partial(model.apply, random_params(model, (2, 2, 1), jnp.float64))
+
+        def along(t, average=average):
+            return jax.jvp(lambda t: average(t, x, horizon=1 - t), (t,), (jnp.ones_like(t),))
+
+        (u, slope), (later, _) = (jit(along)(t) for t in (times, times + 0.02))
+        off[scale] = relative(0.02 * slope, later - u)
+        slopes[scale] = np.linalg.norm(slope) / np.linalg.norm(u)
+    assert off[16.0] < 0.2 and off[1000.0] > 10
+    assert slopes[1000.0] > 50 * slopes[16.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "horizon", "message"),
+    [
+        (MLP, 0.5, r"got horizon \(\) and horizon=False. Build the model with horizon=True"),
+        (UNET, 0.5, "horizon needs a network that takes one"),
+        (
+            MLP.clone(horizon=True),
+            np.zeros((3, 1)),
+            r"horizon must have the shape \[\] or \[batch\]",
+        ),
+        (MLP.clone(horizon=True), -0.5, "must not be negative.*got -0.5. Are t and s swapped"),
+    ],
+)
+def test_a_horizon_that_does_not_fit(model, horizon, message):
+    x = jnp.zeros((3, 2) if isinstance(model, models.MLP) else (3, 4, 4, 1))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(()), x, horizon=horizon))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
