@@ -78,7 +78,7 @@ def renoised(
     key: jax.Array, average_velocity: flow_maps.AverageVelocity, x0: jax.Array, num_steps: int
 ) -> jax.Array:
     """x1 in `num_steps` jumps to the data, each but the first from fresh noise at its time."""
-    ts = jnp.linspace(0.0, 1.0, num_steps + 1)[:-1]
+    ts = jnp.linspace(0.0, 1.0, num_steps + 1)
     return flow_maps.sample_renoised(key, average_velocity, PATH, x0, ts)
 
 

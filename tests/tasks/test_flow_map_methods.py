@@ -1,0 +1,261 @@
+"""The ways to train an average velocity: their pairs of times, their losses, a task of each."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import gaussian_average_velocity, jit
+from oracles import x64 as x64
+
+import fmjax as fm
+from experiments import adversary, flow_map
+from fmjax import models
+from fmjax.harness import train
+from fmjax.harness.read import read
+from fmjax.tasks import adversaries
+from fmjax.tasks.flow_map_methods import (
+    LOWEST_ALPHA,
+    METHODS,
+    PATH,
+    Drawn,
+    falling_alpha,
+)
+from fmjax.tasks.flow_maps import average_velocity_of, network_of
+from fmjax.tasks.images import UNetConfig
+
+TINY = UNetConfig(
+    channels=8, channel_multipliers=(1,), num_res_blocks=1, horizon=True, time_scale=16.0
+)
+SMALL = {"model": TINY, "num_steps": 2, "batch_size": 8, "num_samples": 0, "eval_examples": 0}
+SMALL |= {"preview_every": 0, "checkpoint_every": 2, "log_every": 1, "warmup_steps": 0}
+EQUAL = {"flow_matching": 1.0, "shortcut": 0.75, "consistency": 0.0}
+
+
+@functools.cache
+def pairs_of(name, progress=0.0, num=20_000):
+    drawn = METHODS[name].pairs(jax.random.key(0), (num,), jnp.asarray(progress))
+    return np.asarray(drawn.t), np.asarray(drawn.s)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pairs_are_in_order_and_as_many_are_equal_as_is_said(name):
+    t, s = pairs_of(name)
+    assert (t >= 0).all() and (s <= 1).all() and (s >= t).all()
+    share, asked = np.mean(s == t), EQUAL.get(name)
+    if asked is None:  # and those whose end was drawn before the start
+        start = fm.logit_normal(0.6, 1.6)(jax.random.key(1), t.shape)
+        end = fm.logit_normal(4.0, 1.6)(jax.random.key(2), t.shape)
+        given = 0.5 if name == "improved_mean_flow" else 0.25
+        asked = given + (1 - given) * np.mean(np.asarray(end) < np.asarray(start))
+    assert abs(share - asked) < 4 * np.sqrt(max(asked * (1 - asked), 1e-9) / len(t)) + 1e-9
+
+
+def test_shortcuts_are_dyadic():
+    t, s = pairs_of("shortcut")
+    horizon = (s - t)[s > t]
+    powers, counts = np.unique(np.round(-np.log2(horizon), 3), return_counts=True)
+    np.testing.assert_array_equal(powers, np.arange(7))
+    assert counts.min() > 0.8 * counts.mean()
+    cells = t[s > t] / horizon
+    np.testing.assert_allclose(cells, np.round(cells), atol=1e-4)
+    assert np.unique(np.round(t[s > t][horizon == 2.0**-6] * 64)).size == 64
+
+
+def test_consistency_pairs_draw_nearer():
+    gaps = [np.mean(np.subtract(*pairs_of("consistency", progress)[::-1])) for progress in (0, 1)]
+    assert 0 < gaps[1] < gaps[0] / 4
+
+
+def test_alpha_falls():
+    alpha = np.asarray(falling_alpha(jnp.linspace(0.0, 1.0, 101)))
+    assert alpha[0] > 0.9999 and alpha[-1] == np.float32(LOWEST_ALPHA)
+    assert (np.diff(alpha) <= 0).all()
+
+
+def of_a_gaussian(num=4096, name="mean_flow"):
+    key_x0, key_x1 = jax.random.split(jax.random.key(3))
+    x0 = jax.random.normal(key_x0, (num, 1), float)
+    x1 = 2 + 0.5 * jax.random.normal(key_x1, (num, 1), float)
+    t, s = (jnp.asarray(a[:num], float) for a in pairs_of(name))
+    return Drawn(x0, x1, t, s)
+
+
+@pytest.mark.usefixtures("x64")
+def test_alpha_flow_ends_as_mean_flow():
+    """Its gradient, weights included, at the lowest alpha."""
+    exact, drawn = (
+        gaussian_average_velocity(PATH, np.array([2.0]), np.array([0.5])),
+        of_a_gaussian(),
+    )
+
+    def gradient(name):
+        def mean(shift):
+            def network(t, s, x):
+                return exact(t, s, x) + shift * (1 + s - t)[:, None]
+
+            return jnp.mean(METHODS[name].loss(network, drawn, jnp.ones(())))
+
+        return jit(jax.grad(mean))(jnp.asarray(0.3))
+
+    # What is left is of the order of alpha = 0.01 and the horizon.
+    np.testing.assert_allclose(gradient("alpha_flow"), gradient("mean_flow"), rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "shortcut", "terminal_velocity"])
+@pytest.mark.usefixtures("x64")
+def test_the_true_average_velocity_is_where_the_loss_is_least(name):
+    """The gradient in a shift of U is 0, within four standard errors."""
+    exact = gaussian_average_velocity(PATH, np.array([2.0]), np.array([0.5]))
+    drawn = of_a_gaussian(name=name)
+
+    def losses(shift, at):
+        def network(t, s, x):
+            return exact(t, s, x) + shift
+
+        return METHODS[name].loss(network, drawn, jnp.zeros(()))
+
+    slopes = jit(jax.jacfwd(lambda shift: losses(shift, 0.0)))(jnp.asarray(0.0))
+    assert abs(slopes.mean()) < 4 * slopes.std() / np.sqrt(len(slopes))
+    moved = jit(jax.jacfwd(lambda shift: losses(shift, 0.0)))(jnp.asarray(0.3))
+    assert moved.mean() > 10 * slopes.std() / np.sqrt(len(slopes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_small_network_learns_to_draw(name):
+    """N(2, 0.5^2) from N(0, 1): the method's own draws, in as many steps as it needs."""
+    method, model = METHODS[name], models.MLP(features=(64, 64), horizon=True)
+    params = model.init(jax.random.key(0), jnp.zeros(()), jnp.zeros((1, 1)))
+    tx = optax.adam(optax.linear_schedule(3e-3, 0.0, 1500))
+
+    def average(params):
+        return lambda t, s, x: model.apply(params, t, x, horizon=s - t)
+
+    @jax.jit
+    def run(params):
+        def step(carry, n):
+            params, state = carry
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(1), n), 3)
+            x0 = jax.random.normal(keys[0], (256, 1))
+            x1 = 2 + 0.5 * jax.random.normal(keys[1], (256, 1))
+            progress = jnp.minimum(n / 1000, 1.0)
+            pair = method.pairs(keys[2], (256,), progress)
+            drawn = Drawn(x0, x1, pair.t, pair.s)
+
+            def loss(params):
+                return jnp.mean(method.loss(average(params), drawn, progress))
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(1500))
+        x0 = jax.random.normal(jax.random.key(2), (4000, 1))
+        num_steps = 64 if name == "flow_matching" else 2
+        return method.sample(jax.random.key(4), average(params), x0, num_steps)
+
+    x1 = np.asarray(run(params))
+    # 4000 draws have standard errors of .008 and .006; the rest is 1500 steps of a small network.
+    assert abs(x1.mean() - 2) < 0.06 and abs(x1.std() - 0.5) < 0.06, (x1.mean(), x1.std())
+
+
+def test_a_network_without_a_horizon_is_refused():
+    flat = dataclasses.replace(TINY, horizon=False)
+    with pytest.raises(ValueError, match="--model.no-horizon"):
+        flow_map.make_task(flow_map.Config(model=flat))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_of_each_method_goes_on_from_a_flow(tmp_path, name):
+    flow = flow_map.Config(workdir=tmp_path / "flow", method="flow_matching", **SMALL)
+    train(flow, flow_map.make_task)
+    config = dataclasses.replace(flow, workdir=tmp_path / name, method=name, init_from=flow.workdir)
+    summary = train(dataclasses.replace(config, num_samples=10), flow_map.make_task)
+    assert (tmp_path / name / summary["few_steps"]).exists()
+    trained = read(config.folder)
+    t, x, labels = jnp.full(3, 0.4), jnp.ones((3, 8, 8, 1)), jnp.arange(3)
+    average = average_velocity_of(network_of(trained), trained.params, labels)
+    u = trained.velocity(trained.params, labels)(t, x)
+    np.testing.assert_allclose(average(t, t, x), u, rtol=1e-5, atol=1e-6)
+
+
+def made_adversary(**flags):
+    config = adversary.Config(
+        **SMALL | {"discriminator": adversaries.DiscriminatorConfig(4, (1, 2))}, **flags
+    )
+    task = adversary.make_task(config)
+    return config, task, jax.jit(task.init)(jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_either_side_of_an_adversary_moves_by_its_own_loss():
+    """The penalty leaves the generator's gradient as it is, its weight the discriminator's."""
+    moved = {}
+    for name, flags in {
+        "plain": {},
+        "penalty": {"penalty": 7.0},
+        "weight": {"adversarial_weight": 3.0, "transport_weight": 0.5},
+    }.items():
+        config, task, state = made_adversary(clip_norm=None, **flags)
+        noisy = jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), state.params
+        )
+        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(8)))
+        after, _ = jax.jit(task.step)(state._replace(params=noisy), jax.random.key(1), batch)
+        # Adam's first moments are (1 - b1) times the gradient.
+        inner = after.opt_state.inner_states
+        moved[name] = [jax.tree.leaves(inner[k]) for k in ("generator", "discriminator")]
+
+    def same(a, b):
+        return all(np.allclose(x, y, rtol=1e-4, atol=1e-7) for x, y in zip(a, b, strict=True))
+
+    assert same(moved["plain"][0], moved["penalty"][0])
+    assert not same(moved["plain"][1], moved["penalty"][1])
+    assert same(moved["plain"][1], moved["weight"][1])
+    assert not same(moved["plain"][0], moved["weight"][0])
+
+
+@pytest.mark.slow
+def test_an_adversary_begins_with_a_flow_map_and_draws(tmp_path):
+    flow = flow_map.Config(workdir=tmp_path / "flow", method="mean_flow", **SMALL)
+    train(flow, flow_map.make_task)
+    config, task, state = made_adversary(generator=tmp_path / "flow")
+    want = read(flow.folder).params
+    jax.tree.map(np.testing.assert_array_equal, state.params["generator"], want)
+    config = dataclasses.replace(config, workdir=tmp_path / "run", num_samples=10)
+    summary = train(config, adversary.make_task)
+    assert (tmp_path / "run" / summary["few_steps"]).exists()
+    trained = read(config.folder)
+    u = trained.velocity(trained.params, jnp.arange(2))(jnp.array(0.5), jnp.ones((2, 8, 8, 1)))
+    own = network_of(trained).apply(
+        trained.params["generator"], jnp.array(0.5), jnp.ones((2, 8, 8, 1)), jnp.arange(2)
+    )
+    np.testing.assert_allclose(u, own, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"init_from": "runs/flow"}, "Give --generator runs/flow"),
+        ({"method": "alpha_flow"}, "got --method alpha_flow"),
+        ({"penalty": -1.0}, "--penalty must be finite"),
+    ],
+)
+def test_adversaries_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        made_adversary(**flags)
+
+
+def test_few_steps_of_a_known_average_velocity_end_where_the_flow_does():
+    exact = gaussian_average_velocity(PATH, np.array([2.0]), np.array([0.5]))
+    x0 = jnp.linspace(-2.0, 2.0, 9)[:, None]
+    for name in ("mean_flow", "shortcut"):
+        for num_steps in (1, 3):
+            x1 = METHODS[name].sample(jax.random.key(0), exact, x0, num_steps)
+            np.testing.assert_allclose(x1, 2 + 0.5 * x0, atol=1e-5)
+    renoised = METHODS["consistency"].sample(jax.random.key(0), exact, jnp.tile(x0, (2000, 1)), 3)
+    np.testing.assert_allclose([renoised.mean(), renoised.std()], [2, 0.5], atol=0.02)
