@@ -1,5 +1,6 @@
 """Velocity networks in Flax. Nothing in fmjax needs them: any callable (t, x) -> u will do."""
 
+from .dit import DiT as DiT
 from .mlp import MLP as MLP
 from .mlp import ConditionalMLP as ConditionalMLP
 from .unet import UNet as UNet
