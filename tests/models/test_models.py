@@ -23,6 +23,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 TINY = functools.partial(
     models.UNet, channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=()
 )
+# The default scale of time is a smoother one, under which a hundredth changes these by 0.5 %.
+SMALL = functools.partial(models.DiT, width=16, depth=1, num_heads=2, time_scale=60.0)
 MODELS = {
     "mlp": (models.MLP(features=(16, 16)), (5,)),
     "mlp_classes": (models.MLP(features=(16,), activation=nn.gelu, num_classes=3), (2,)),
@@ -35,11 +37,14 @@ MODELS = {
         TINY(channel_multipliers=(2, 1), conv_resample=False, scale_shift_norm=True, dropout=0.1),
         (4, 4, 1),
     ),
+    "dit": (SMALL(patch_size=2), (4, 6, 3)),
+    "dit_classes": (SMALL(patch_size=1, depth=2, num_classes=3, remat=True), (2, 2, 1)),
     "unet_classes": (TINY(head_channels=4, num_classes=3), (4, 2, 2)),
 }
 UNET, MLP = TINY(num_res_blocks=0, num_classes=3), models.MLP(features=(16, 16), num_classes=3)
 TWO_LEVELS = TINY(channel_multipliers=(1, 2))
-NETWORKS = {"mlp": (MLP, (2,)), "unet": (UNET, (4, 4, 3))}
+DIT = SMALL(patch_size=2, num_classes=3)
+NETWORKS = {"mlp": (MLP, (2,)), "unet": (UNET, (4, 4, 3)), "dit": (DIT, (4, 4, 3))}
 BATCH = 3
 
 
@@ -361,6 +366,12 @@ def test_labels_select_a_class_each_and_none_is_the_null_class(name):
         (MLP, (3, 2), [0.0, 1.0, 2.0], "got float32"),
         (MLP, (3, 2), [0, 4, 1], r"0\.\.3, 3 being the null class; got labels from 0 to 4"),
         (UNET, (3, 8, 8, 3), [0, -1, 1], "got labels from -1 to 1"),
+        (DIT, (3, 8, 8), None, r"floating images .* x\[\.\.\., None\]"),
+        (DIT, (3, 8, 7, 3), None, r"divisible by patch_size; got x \(3, 8, 7, 3\)"),
+        (SMALL(num_heads=3), (3, 8, 8, 3), None, "got width=16 and num_heads=3"),
+        (SMALL(num_heads=8), (3, 8, 8, 3), None, "got width=16 and num_heads=8"),
+        (SMALL(depth=0), (3, 8, 8, 3), None, "at least 1; got 0 and 4"),
+        (SMALL(), (3, 8, 8, 3), [0, 1, 2], "num_classes=None"),
     ],
 )
 def test_errors_name_the_rule_and_what_was_got(model, shape, labels, message):
