@@ -40,8 +40,8 @@ def flow_pairs(
 
     Example:
       >>> x0, x1 = flow_pairs(lambda t, x: jnp.ones_like(x), jnp.zeros((1, 2)))
-      >>> x1
-      Array([[1., 1.]], dtype=float32)
+      >>> bool(jnp.allclose(x1, 1.0))
+      True
 
     Source: arXiv 2209.03003, algorithm 1.
     """
@@ -69,8 +69,8 @@ def invert_pairs(
 
     Example:
       >>> x0, x1 = invert_pairs(lambda t, x: jnp.ones_like(x), jnp.ones((1, 2)))
-      >>> x0
-      Array([[0., 0.]], dtype=float32)
+      >>> bool(jnp.allclose(x0, 0.0, atol=1e-6))
+      True
 
     Source: Seong et al. 2025, arXiv 2510.25229.
     """
@@ -96,8 +96,8 @@ def straightness(velocity: Velocity, x0: jax.Array, **options: Unpack[SolveOptio
       ValueError: as `fm.integrate` does.
 
     Example:
-      >>> straightness(lambda t, x: jnp.ones_like(x), jnp.zeros((1, 2)))
-      Array([0.], dtype=float32)
+      >>> bool(straightness(lambda t, x: jnp.ones_like(x), jnp.zeros((1, 2)))[0] < 1e-9)
+      True
 
     Source: arXiv 2209.03003, equation 6.
     """

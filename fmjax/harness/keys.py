@@ -17,6 +17,7 @@ PURPOSES = {
     "likelihood": 6,  # of an evaluation: dequantisation and probes
     "curve": 7,  # the noise that all solvers share
     "drawn": 8,  # of the command that draws; sample k folds k in
+    "pairs": 9,  # the noise of a teacher's pairs; pair k folds k in
 }
 
 
