@@ -3,6 +3,10 @@
 from .average import AverageVelocity as AverageVelocity
 from .average import flow_map as flow_map
 from .average import instantaneous as instantaneous
+from .consistency import consistency_loss as consistency_loss
+from .consistency import ect_next as ect_next
+from .consistency import ect_times as ect_times
+from .consistency import ect_weight as ect_weight
 from .losses import adaptive_weight as adaptive_weight
 from .losses import alpha_flow_loss as alpha_flow_loss
 from .losses import improved_mean_flow_loss as improved_mean_flow_loss
