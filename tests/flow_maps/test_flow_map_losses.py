@@ -172,10 +172,11 @@ def test_jit_is_eager_and_the_batch_is_its_examples(loss, x64):
     for_all = sample._replace(t=jnp.asarray(0.25)), jnp.asarray(0.75)
     each = sample._replace(t=jnp.full(6, 0.25)), jnp.full(6, 0.75)
 
-    def scalar(t, s, x):  # both [] or both [batch]
+    def either(t, s, x):  # both [] or both [batch]
         return U(*(jnp.broadcast_to(a, x.shape[:1]) for a in (t, s)), x)
 
-    np.testing.assert_allclose(loss(scalar, *for_all), loss(U, *each), rtol=1e-9)
+    got, same = jit(lambda *pairs: [loss(either, *pair) for pair in pairs])(for_all, each)
+    np.testing.assert_allclose(got, same, rtol=1e-9)
 
 
 def test_the_derivatives_are_those_of_finite_differences(x64):
