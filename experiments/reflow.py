@@ -71,7 +71,7 @@ def make_task(config: Config) -> harness.Task:
     init, step = harness.from_loss(
         draw,
         loss,
-        harness.adam(config),
+        harness.optimizer(config),
         lambda key: task.init(key).params,
         ema_decay=config.ema_decay,
     )

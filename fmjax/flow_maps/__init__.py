@@ -7,6 +7,10 @@ from .adversary import transport_cost as transport_cost
 from .average import AverageVelocity as AverageVelocity
 from .average import flow_map as flow_map
 from .average import instantaneous as instantaneous
+from .consistency import consistency_loss as consistency_loss
+from .consistency import ect_next as ect_next
+from .consistency import ect_times as ect_times
+from .consistency import ect_weight as ect_weight
 from .fitting import FittedSolver as FittedSolver
 from .fitting import fit_solver as fit_solver
 from .losses import adaptive_weight as adaptive_weight

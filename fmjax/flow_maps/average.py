@@ -147,21 +147,20 @@ def check_average(average_velocity: Any) -> None:
         )
 
 
-def as_times(t: Any, s: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """t and s in one dtype of at least float32 and one shape, `[]` or `[batch]`.
+def as_times(t: Any, s: Any, x: jax.Array, end: str = "s") -> tuple[jax.Array, jax.Array]:
+    """t and s in one dtype of at least float32 and one shape, `[]` or `[batch]`; `end` names s.
 
     Raises:
       ValueError: if the shape of either is no prefix of x's, for times outside [0, 1], and for
         s < t, each where the values are known.
     """
-    t, s = as_time(t), as_time(s, "s")
-    for name, time in (("t", t), ("s", s)):
+    t, s = as_time(t), as_time(s, end)
+    for name, time in (("t", t), (end, s)):
         broadcast_time(time, x, name)  # refuses another shape
     if is_concrete(t, s) and (np.asarray(s) < np.asarray(t)).any():
         raise ValueError(
-            "s must not be before t, since U(t, s, x) is the average velocity from t on to s; got "
-            f"s - t down to {np.min(np.asarray(s) - np.asarray(t))}. ordered_times draws pairs in "
-            "order."
+            f"{end} must not be before t, from which a flow map leads on to it; got {end} - t down "
+            f"to {np.min(np.asarray(s) - np.asarray(t))}. Are they swapped?"
         )
     dtype = wider(t.dtype, s.dtype)
     shape = t.shape or s.shape

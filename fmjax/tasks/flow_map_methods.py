@@ -114,8 +114,8 @@ def _dyadic_pairs(key: jax.Array, shape: tuple[int, ...], progress: jax.Array) -
 
 def _consistency_pairs(key: jax.Array, shape: tuple[int, ...], progress: jax.Array) -> Any:
     """ECT's times, and the next ones: 8 stages, each nearer."""
-    t = flow_maps.consistency_times(key, shape)
-    return flow_maps.TimePair(t, flow_maps.next_times(t, jnp.floor(8 * progress)))
+    t = flow_maps.ect_times()(key, shape)
+    return flow_maps.TimePair(t, flow_maps.ect_next(t, jnp.floor(8 * progress)))
 
 
 def _flow_matching(average_velocity, drawn, progress):
@@ -166,7 +166,7 @@ def _terminal_velocity(average_velocity, drawn, progress):
 def _consistency(average_velocity, drawn, progress):
     del progress
     loss = flow_maps.consistency_loss(average_velocity, PATH, drawn.x0, drawn.x1, drawn.t, drawn.s)
-    return flow_maps.consistency_weight(drawn.t) * loss
+    return flow_maps.ect_weight(drawn.t) * loss
 
 
 METHODS = {

@@ -81,8 +81,9 @@ def terminal(U, *batch):
 @pytest.mark.parametrize(
     ("loss", "rate", "num_steps"),
     [
-        (mean_flow, 0.05, 500),  # h dU/dt multiplies the term h^n of an error by -n: small steps
         (shortcut, 0.5, 400),
+        # h dU/dt multiplies the term h^n of an error by -n: small steps.
+        pytest.param(mean_flow, 0.05, 500, marks=pytest.mark.slow),
         pytest.param(improved, 0.05, 500, marks=pytest.mark.slow),
         pytest.param(terminal, 0.1, 300, marks=pytest.mark.slow),
     ],

@@ -141,7 +141,7 @@ def with_horizon(name):
     return model, random_params(model, event, jnp.float64), event
 
 
-QUICK = ("mlp", "mlp_condition", "unet_remat")
+QUICK = ("mlp", "mlp_condition")
 
 
 @pytest.mark.parametrize(
