@@ -65,6 +65,7 @@ EXPERIMENTS = {
     "experiments": {
         "data",
         "evaluation",
+        "flow_maps",
         "harness",
         "metrics",
         "models",
