@@ -2,12 +2,13 @@
 
     python -m experiments.learned_solver runs/digits --evaluations 8
 
-Times and coefficients of a non-stationary solver (`flow_maps.NonStationary`, 52 free numbers at 8
+Times and coefficients of a non-stationary solver (`flow_maps.NonStationary`, 51 free numbers at 8
 evaluations) are fitted to pairs of noise and the end point of an exact solve, by Levenberg and
 Marquardt's method: from Euler's and from the midpoint method on a few pairs, then from the better
-one on all; pairs that are held out choose. What is printed is the root mean square distance per coordinate to the exact end points on
-noise that the fit has not seen, beside Euler, Midpoint and Heun at as many evaluations and Tsit5 at
-the next count that it knows (6 a step and one), and by what factor the learnt one is closer.
+one on all; pairs that are held out choose. What is printed is the root mean square distance per
+coordinate to the exact end points on noise that the fit has not seen, beside Euler, Midpoint and
+Heun at as many evaluations and Tsit5 at the next count that it knows (6 a step and one), and by
+what factor the learnt one is closer.
 
 The solver is RUN/learned_solver_8.json; `read_solver` reads it for the parameters it was fitted to.
 """

@@ -6,8 +6,8 @@ With n evaluations of the velocity u a solver carries x_0 at t = 0 to x_n at t =
 
 Every explicit Runge-Kutta or multistep method on any grid is of this form, after a change of scale
 and time too: a method of n evaluations is a point of this space, and `fit_solver` finds a better
-one for a given velocity. There are n + n + n (n + 1) / 2 numbers, 60 for n = 8, fewer than 200 up
-to n = 17.
+one for a given velocity. With t_0 = 0 there are n - 1 + n + n (n + 1) / 2 numbers, 51 for n = 8,
+fewer than 200 up to n = 17.
 
 Source: Shaul et al. 2024, arXiv 2403.01329, section 3.
 """

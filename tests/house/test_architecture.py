@@ -66,6 +66,7 @@ EXPERIMENTS = {
     "experiments": {
         "data",
         "evaluation",
+        "flow_maps",
         "harness",
         "metrics",
         "models",
