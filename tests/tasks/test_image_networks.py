@@ -79,10 +79,8 @@ def test_a_transformer_trains_and_its_run_is_read_again(tmp_path):
     losses = [row["loss"] for row in lines]
     assert losses[-1] < 0.85 * losses[0]
     np.testing.assert_allclose(lines[-1]["learning_rate"], 1e-2 / 25, rtol=1e-5)
-    trained = load(tmp_path)
-    model = images.make_network(trained.config, 10)
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    want = model.apply(trained.params, 0.5, x, jnp.asarray([3, 4]))
-    got = trained.task.velocity(trained.params, jnp.asarray([3, 4]))(jnp.asarray(0.5), x)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    labels, x = jnp.asarray([3, 4]), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    _, params, velocity = load(tmp_path, labels)
+    want = images.make_network(config, 10).apply(params, 0.5, x, labels)
+    np.testing.assert_allclose(velocity(jnp.asarray(0.5), x), want, atol=1e-5)
     assert np.abs(np.asarray(want)).max() > 1e-2
