@@ -41,11 +41,12 @@ class Config(images.ImageConfig):
         head_channels=64,
         dropout=0.1,
     )
+    dit: images.DiTConfig = images.DiTConfig(width=384, depth=12, num_heads=6, dropout=0.1)
 
 
 def make_task(config: Config) -> harness.Task:
     pictures = images.open_images(config)
-    model = images.make_unet(config, pictures.num_classes)
+    model = images.make_network(config, pictures.num_classes)
 
     def draw(key, batch):
         """All that is random in a step, over the global batch."""

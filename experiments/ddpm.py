@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import fmjax as fm
-from fmjax import harness, models
+from fmjax import harness
 from fmjax.data import pixels
 from fmjax.tasks import images
 
@@ -43,7 +43,7 @@ class Config(images.ImageConfig):
     eval_batch_size: int = 99
 
 
-def velocity_of(model: models.UNet, params: Any, labels: Any = None) -> fm.PredictedVelocity:
+def velocity_of(model: images.Network, params: Any, labels: Any = None) -> fm.PredictedVelocity:
     """The velocity along `cond_ot` of a network that predicts the noise along `PATH`."""
     noise = images.velocity_of(model, params, labels)
     return fm.change_path(fm.from_x0(PATH, noise, floor=FLOOR), PATH, fm.cond_ot())
@@ -53,7 +53,7 @@ def make_task(config: Config) -> harness.Task:
     if config.flip:
         raise ValueError("--flip is not for digits: mirrored ones are none.")
     digits = images.open_images(config)
-    model, num_classes = images.make_unet(config, digits.num_classes), digits.num_classes
+    model, num_classes = images.make_network(config, digits.num_classes), digits.num_classes
 
     def draw(key, batch):
         """All that is random in a step, over the global batch."""

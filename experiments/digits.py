@@ -41,7 +41,7 @@ def make_task(config: Config) -> harness.Task:
     if config.flip:
         raise ValueError("--flip is not for digits: mirrored ones are none.")
     digits = images.open_images(config)
-    model, num_classes = images.make_unet(config, digits.num_classes), digits.num_classes
+    model, num_classes = images.make_network(config, digits.num_classes), digits.num_classes
     path, coupling, times = choices.choose(config)
 
     def draw(key, batch):

@@ -31,11 +31,12 @@ class Config(images.ImageConfig, choices.Choices):
     model: images.UNetConfig = images.UNetConfig(
         channels=16, channel_multipliers=(1, 2, 4), attention_resolutions=(7,), head_channels=32
     )
+    dit: images.DiTConfig = images.DiTConfig(patch_size=4)
 
 
 def make_task(config: Config) -> harness.Task:
     pictures = images.open_images(config)
-    model, num_classes = images.make_unet(config, pictures.num_classes), pictures.num_classes
+    model, num_classes = images.make_network(config, pictures.num_classes), pictures.num_classes
     path, coupling, times = choices.choose(config)
 
     def draw(key, batch):

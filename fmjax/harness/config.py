@@ -23,7 +23,7 @@ FREE |= {"num_devices", "fsdp", "steps_per_dispatch", "remat", "kernels", "clust
 FREE |= {"accumulate", "data_dir", "num_samples", "sample_tolerance", "guidance"}
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
-_MAY_BE_ZERO |= {"model.dropout", "cluster.process_id", "label_dropout", "guidance"}
+_MAY_BE_ZERO |= {"model.dropout", "dit.dropout", "cluster.process_id", "label_dropout", "guidance"}
 _MAY_BE_ZERO |= {"condition_dropout"}
 _MAY_BE_ZERO |= {
     "preview_every",
@@ -125,7 +125,7 @@ def check_flags(config: RunConfig) -> None:
         among={name for cls in classes for name in vars(cls).get("__annotations__", {})},
         may_be_zero=_MAY_BE_ZERO,
         may_be_empty=_MAY_BE_EMPTY,
-        below_one={"model.dropout"},
+        below_one={"model.dropout", "dit.dropout"},
     )
     check_seeds("seed", [config.seed])
     for name in ("workdir", "init_from"):

@@ -1,6 +1,7 @@
 """The network of image experiments: its flags, and what they make."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -45,6 +46,26 @@ class UNetConfig:
     """Whether it is an average velocity's, and also takes s - t."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The transformer. Image sides must be divisible by patch_size."""
+
+    patch_size: int = 2
+    """Side of a patch, which is one token."""
+    width: int = 128
+    """Channels of a token, a multiple of 4 num_heads."""
+    depth: int = 6
+    """Blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_time_tokens: int = 4
+    """Tokens of the time, and as many of the class."""
+    time_scale: float = 16.0
+    """The highest frequency at which time enters, the lowest being a hundredth."""
+    dropout: float = 0.0
+    """Dropout rate in the feed-forward layers."""
+
+
 def choose_kernels(config: Any) -> Literal["xla", "cpu"]:
     """The kernels to train with, as the flag says or as the break-even was measured."""
     if config.kernels != "auto":
@@ -54,13 +75,52 @@ def choose_kernels(config: Any) -> Literal["xla", "cpu"]:
     return "cpu" if one_cpu and config.num_steps >= PAID_BACK else "xla"
 
 
-def make_unet(config: Any, num_classes: int) -> models.UNet:
-    """The U-Net that the flags describe, with the classes of its data if it is conditional."""
+def make_network(config: Any, num_classes: int) -> models.UNet | models.DiT:
+    """The network that the flags describe, with the classes of its data if it is conditional."""
     known = num_classes if config.conditional else None
     kernels = KERNELS[choose_kernels(config)]
-    return models.UNet(**dataclasses.asdict(config.model), num_classes=known, kernels=kernels)
+    make, flags = (
+        (models.DiT, config.dit) if config.network == "dit" else (models.UNet, config.model)
+    )
+    return make(**dataclasses.asdict(flags), num_classes=known, kernels=kernels)
 
 
-def init_params(model: models.UNet, event_shape: tuple[int, ...], key: jax.Array) -> Any:
-    """The U-Net's first parameters."""
+def check_network(config: Any, event_shape: tuple[int, ...] | None = None) -> None:
+    """Refuses flags that make no network, or that the chosen one has no use for.
+
+    Args:
+      config: an `ImageConfig`.
+      event_shape: of the images, once it is known.
+
+    Raises:
+      ValueError: naming the flag, what it must be and what was got.
+    """
+    if config.network == "dit":
+        width, heads, patch = config.dit.width, config.dit.num_heads, config.dit.patch_size
+        if heads and width % (4 * heads):
+            raise ValueError(
+                f"--dit.width must be divisible by 4 times --dit.num-heads; got {width} and "
+                f"{heads}. Take {4 * heads * max(1, round(width / (4 * heads)))}."
+            )
+        if event_shape is not None and any(side % patch for side in event_shape[:2]):
+            height, width = event_shape[:2]
+            fits = [n for n in range(1, 33) if not math.gcd(height, width) % n]
+            raise ValueError(
+                f"--dit.patch-size must divide the sides of the images; got {patch} for "
+                f"{height}x{width}. Take one of {' '.join(map(str, fits))}."
+            )
+    # A finished run's other flags are what the defaults were when it was made.
+    used, unused = ("dit", "model") if config.network == "dit" else ("model", "dit")
+    if config.known is None and getattr(config, unused) != getattr(type(config), unused):
+        network = "unet" if config.network == "dit" else "dit"
+        raise ValueError(
+            f"--{unused}.* is for --network {network}; got {getattr(config, unused)} with "
+            f"--network {config.network}, whose flags are --{used}.*"
+        )
+
+
+def init_params(
+    model: models.UNet | models.DiT, event_shape: tuple[int, ...], key: jax.Array
+) -> Any:
+    """The network's first parameters."""
     return model.init(key, t=jnp.zeros(()), x=jnp.zeros((1, *event_shape)))

@@ -30,10 +30,14 @@ from fmjax.tasks.image_data import Images as Images
 from fmjax.tasks.image_data import Pictures as Pictures
 from fmjax.tasks.image_data import describe, load
 from fmjax.tasks.image_networks import KERNELS as KERNELS
+from fmjax.tasks.image_networks import DiTConfig as DiTConfig
 from fmjax.tasks.image_networks import UNetConfig as UNetConfig
+from fmjax.tasks.image_networks import check_network
 from fmjax.tasks.image_networks import choose_kernels as choose_kernels
 from fmjax.tasks.image_networks import init_params as init_params
-from fmjax.tasks.image_networks import make_unet as make_unet
+from fmjax.tasks.image_networks import make_network as make_network
+
+Network = models.UNet | models.DiT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,12 @@ class ImageConfig(RunConfig):
     """Held-out images for bits/dim."""
     flip: bool = False
     """Whether to mirror images left to right at random."""
+    network: Literal["unet", "dit"] = "unet"
+    """A U-Net, whose size --model says, or a transformer over patches, whose size --dit says."""
     model: UNetConfig = UNetConfig()
     """The U-Net's size."""
+    dit: DiTConfig = DiTConfig()
+    """The transformer's size."""
     conditional: bool = False
     """Whether the network is told the class of an image."""
     label_dropout: float = 0.1
@@ -91,7 +99,9 @@ def open_images(config: ImageConfig) -> Pictures:
       ValueError: for flags that can't work together; by what is read, as `data.load` does.
     """
     check_conditions(config)
+    check_network(config)
     pictures = Pictures(config)
+    check_network(config, pictures.event_shape)
     if config.conditional and pictures.num_classes < 2:
         raise ValueError(
             f"--conditional needs images of several classes; {config.dataset} has "
@@ -124,7 +134,7 @@ def drop_labels(config: ImageConfig, key: jax.Array, labels: Any, num_classes: i
 
 
 def training_velocity(
-    config: ImageConfig, model: models.UNet, params: Any, key: jax.Array, labels: Any
+    config: ImageConfig, model: Network, params: Any, key: jax.Array, labels: Any
 ) -> fm.Velocity:
     """The velocity as it is trained: with dropout, in the precision that the flags ask for."""
     trained = model.clone(dtype=jnp.dtype(config.precision), remat=config.remat)
@@ -133,7 +143,7 @@ def training_velocity(
     )
 
 
-def velocity_of(model: models.UNet, params: Any, labels: Any = None) -> fm.Velocity:
+def velocity_of(model: Network, params: Any, labels: Any = None) -> fm.Velocity:
     """The velocity under the labels `[batch]`; that of no class without them."""
     apply = functools.partial(model.apply, params)
     return apply if labels is None else functools.partial(apply, labels=labels)
@@ -142,18 +152,18 @@ def velocity_of(model: models.UNet, params: Any, labels: Any = None) -> fm.Veloc
 def make_task(
     config: ImageConfig,
     pictures: Pictures,
-    model: models.UNet,
+    model: Network,
     init: Init,
     step: training.TrainStep,
     *,
-    velocity_of: Callable[[models.UNet, Any, Any], fm.Velocity] = velocity_of,
+    velocity_of: Callable[[Network, Any, Any], fm.Velocity] = velocity_of,
 ) -> Task:
     """The task of an image experiment, from what differs between them.
 
     Args:
       config: its flags.
       pictures: from `open_images`.
-      model: from `make_unet`.
+      model: from `make_network`.
       init: `key -> TrainState`.
       step: `(state, key, Images) -> (state, metrics)`.
       velocity_of: `(model, params, labels) -> velocity` from the standard normal source to the

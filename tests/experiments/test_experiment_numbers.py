@@ -24,7 +24,7 @@ from fmjax.harness.task import Trained
 from fmjax.tasks.choices import PATHS
 from fmjax.tasks.image_data import Images, load
 from fmjax.tasks.image_figures import measure_bits_per_dim
-from fmjax.tasks.images import UNetConfig, init_params, make_unet
+from fmjax.tasks.images import UNetConfig, init_params, make_network
 from fmjax.tasks.points import MLPConfig
 from fmjax.training import checkpoints
 
@@ -170,7 +170,7 @@ def test_bfloat16_and_remat_leave_parameters_gradients_and_loss_float32():
 
     @jax.jit
     def init(key):
-        params = init_params(make_unet(config(model=unet), 10), (8, 8, 1), key)
+        params = init_params(make_network(config(model=unet), 10), (8, 8, 1), key)
         return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(key, x.shape), params)
 
     params = init(KEY)

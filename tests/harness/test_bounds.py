@@ -60,10 +60,11 @@ def test_an_mlp_that_can_not_be_is_refused(features):
 
 
 def test_every_number_of_every_experiment_is_looked_at():
-    """Each in turn is NaN, the numbers in the U-Net, the MLP and the pod too."""
+    """Each in turn is NaN, the numbers in the networks and the pod too."""
     for module in (two_moons, *IMAGES):
         whole, seen = module.Config(), 0
-        for part in (None, "model", "cluster"):
+        parts = (None, "model", "cluster", *(("dit",) if module in IMAGES else ()))
+        for part in parts:
             flags = whole if part is None else getattr(whole, part)
             for field in dataclasses.fields(flags):
                 value = getattr(flags, field.name)

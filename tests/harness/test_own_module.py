@@ -38,7 +38,7 @@ class Flags(images.ImageConfig):
 
 def my_task(config: Flags) -> harness.Task:
     digits = images.open_images(config)
-    model = images.make_unet(config, digits.num_classes)
+    model = images.make_network(config, digits.num_classes)
 
     def draw(key, batch):
         key_u, key_x0, key_t = jax.random.split(key, 3)

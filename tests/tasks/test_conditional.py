@@ -64,7 +64,7 @@ def test_labels_change_nothing_else_that_is_drawn():
 
 @pytest.mark.slow
 def test_the_velocity_of_labels_and_of_guidance():
-    model = images.make_unet(config(model=TINY), 10)
+    model = images.make_network(config(model=TINY), 10)
     x, labels, t = jax.random.normal(KEY, (3, 8, 8, 1)), jnp.array([1, 4, 9]), jnp.asarray(0.3)
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(KEY, leaf.shape), model.init(KEY, t, x)
