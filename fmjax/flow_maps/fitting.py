@@ -6,11 +6,15 @@ The numbers theta of a solver are fitted to pairs (x0, x1), x1 = phi(0, 1, x0):
 
 with theta = (z, a, b): t_i = t_0 + (1 - t_0) sum_{k <= i} softmax(z, 0)_k keeps times in order.
 
-There are few numbers and many residuals r. All that the method asks about the Jacobian J `[number
-of residuals, P]` is in the triangle R of the QR decomposition of (J, r): with R = (S, s; 0, d) and
-the residual (s, d) of length P + 1 every norm, gradient and step is the same. J itself is taken in
-forward mode, a few columns in parallel: reverse mode would keep the activations of n evaluations.
-A number of step i is felt from the next evaluation on, so that of n P columns a third is computed.
+There are few numbers and many errors e = x_n - x1 `[num, *event]`. Of every pair `num_projections`
+residuals stand for all: s . e with fixed random signs s, whose mean square over signs is |e|^2;
+where the event has no more coordinates than that, they are the coordinates and nothing is lost. One
+backward pass per projection gives all derivatives, since every example is handed theta as its own:
+the gradient of the sum is a row of the Jacobian J for each example.
+
+All that the method asks about J `[number of residuals, P]` is in the triangle R of the QR
+decomposition of (J, r): with R = (S, s; 0, d) and the residual (s, d) of length P + 1 every norm,
+gradient and step is the same.
 """
 
 import functools
@@ -20,7 +24,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
 
@@ -33,8 +36,8 @@ class FittedSolver(NamedTuple):
 
     Attributes:
       solver: the best of all steps on the held-out pairs, or on all where none are held out.
-      rms: of the fitted pairs after 0, 1, ... steps, `[num_steps + 1]`, in units of x. It never
-        rises: a step that does not pay is taken back.
+      rms: of the fitted pairs after 0, 1, ... steps, `[num_steps + 1]`, in units of x. A step that
+        does not pay, by the projections, is taken back.
       held_out_rms: of the held-out pairs, `[num_steps + 1]`; without any, as `rms`.
     """
 
@@ -51,29 +54,29 @@ def fit_solver(
     *,
     num_steps: int = 30,
     num_held_out: int = 0,
-    num_columns: int = 4,
+    num_projections: int = 2,
 ) -> FittedSolver:
     """Fits the times and coefficients of a solver, so that it ends where the flow does.
 
-    Every step costs about n^3 / 6 + n^2 directional derivatives of the velocity on the whole batch,
-    140 at n = 8. Wrap it in `jax.jit`, the parameters of the velocity being an argument.
+    Every step costs n evaluations of the velocity, and n backward passes through it for each
+    projection. Wrap it in `jax.jit`, the parameters of the velocity being an argument.
 
     Args:
-      velocity: `(t, x) -> u`; what it closes over may be of the batch of `x0`, labels for instance.
+      velocity: `(t, x) -> u`, with t `[batch]`, as in training; what it closes over may be of the
+        batch of `x0`, labels for instance.
       solver: where the fit starts, `from_euler(8)` or `from_midpoint(8)`; its t_0 stays.
       x0: source samples, `[num, *event]`.
       x1: the exact end points, `[num, *event]`, as `flow_pairs` gives them.
       num_steps: of Levenberg and Marquardt's method.
       num_held_out: the last so many pairs are not fitted but decide which step was best.
-      num_columns: of the Jacobian in parallel. Memory is that of so many batches in the network,
-        and of n P batches of `x0`.
+      num_projections: residuals of every pair.
 
     Returns:
       `FittedSolver(solver, rms, held_out_rms)`. The solver is never worse than the start.
 
     Raises:
       ValueError: as `apply_solver` does; if `x1` has another shape than `x0`; if a number is no
-        whole number in its range; if the fitted pairs have fewer coordinates than the solver.
+        whole number in its range; if the fitted pairs have fewer residuals than the solver numbers.
 
     Example:
       >>> from fmjax.flow_maps import from_euler
@@ -91,12 +94,11 @@ def fit_solver(
     x0, x1 = x0.astype(dtype), x1.astype(dtype)
     num_fitted = len(x0) - num_held_out
     theta, to_solver = _coordinates(NonStationary(*(jnp.asarray(p, dtype) for p in solver)))
-    _check_numbers(
-        num_steps, num_held_out, num_columns, num_fitted * math.prod(x0.shape[1:]), theta.size
-    )
+    _check_numbers(num_steps, num_held_out, num_projections)
+    _check_enough(num_fitted * min(math.prod(x0.shape[1:]), num_projections), theta.size)
     velocity = checked(velocity, dtype)
 
-    residual = _compressed(velocity, to_solver, (x0, x1), num_fitted, num_columns)
+    residual = _compressed(velocity, to_solver, (x0, x1), num_fitted, num_projections)
     thetas, rms, held_out_rms = _levenberg_marquardt(residual, theta, num_steps)
     best = jnp.nanargmin(held_out_rms)
     return FittedSolver(to_solver(thetas[best]), rms, held_out_rms)
@@ -122,23 +124,28 @@ def _coordinates(solver: NonStationary) -> tuple[jax.Array, Any]:
 def _compressed(velocity: Any, to_solver: Any, data: Any, num_fitted: int, size: int) -> Any:
     """`theta -> (residual [P + 1], (rms, held-out rms))`, whose derivative comes with its value.
 
-    The residuals' squares sum to the mean square of the fitted pairs.
+    The residuals' squares sum to what is minimised.
     """
     x0, x1 = data
+    axes, dim = tuple(range(1, x0.ndim)), math.prod(x0.shape[1:])
+    directions = _directions(x0, num_fitted, size)
+    scale = math.sqrt(num_fitted * (dim if len(directions) == dim else dim * size))
 
     def triangle(theta: jax.Array) -> tuple[jax.Array, Any]:
-        solver = to_solver(theta)
-        end, moved = _end_and_derivatives(velocity, solver, x0, size)
-        # By the solver's numbers, then by theta, in which the times are not free.
-        inner = jax.jacfwd(lambda theta: _in_order(to_solver(theta)))(theta)
-        apart = (end - x1)[None]
-        fitted = [part[:, :num_fitted].reshape(len(part), -1) for part in (moved, apart)]
-        scale = jnp.sqrt(jnp.asarray(fitted[1].size, theta.dtype))
-        columns = jnp.matmul(inner.T, fitted[0], precision=jax.lax.Precision.HIGHEST)
-        r = jnp.linalg.qr(jnp.concatenate([columns, fitted[1]]).T / scale, mode="r")
-        rms = jnp.linalg.norm(fitted[1]) / scale
-        rest = apart[0, num_fitted:]
-        return r, (rms, jnp.sqrt(jnp.mean(jnp.square(rest))) if rest.size else rms)
+        thetas = jnp.broadcast_to(theta, (len(x0), theta.size))
+        end, pullback = jax.vjp(lambda thetas: _ends(velocity, to_solver, thetas, x0), thetas)
+        apart = end - x1
+
+        def rows(direction: jax.Array) -> jax.Array:
+            """The errors along a direction and their derivatives, `[num_fitted, P + 1]`."""
+            along = jnp.sum(direction * apart, axis=axes)[:num_fitted, None]
+            return jnp.concatenate([pullback(direction)[0][:num_fitted], along], axis=1)
+
+        found = jax.lax.map(rows, directions).reshape(-1, theta.size + 1)
+        r = jnp.linalg.qr(found / scale, mode="r")
+        fitted, rest = (jnp.square(part) for part in (apart[:num_fitted], apart[num_fitted:]))
+        rms = jnp.sqrt(jnp.mean(fitted))
+        return r, (rms, jnp.sqrt(jnp.mean(rest)) if rest.size else rms)
 
     @jax.custom_jvp
     def compressed(theta: jax.Array) -> tuple[jax.Array, Any]:
@@ -154,76 +161,35 @@ def _compressed(velocity: Any, to_solver: Any, data: Any, num_fitted: int, size:
     return compressed
 
 
-def _places(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where t_i `[n]`, a_i `[n]` and b_ij `[n, n]` are among the numbers of `_in_order`.
+def _directions(x0: jax.Array, num_fitted: int, num: int) -> jax.Array:
+    """What errors are projected on, `[num, *x0.shape]`: the axes where they are as few, else signs.
 
-    In the order in which they are first felt, so that the derivatives of x_i are zero from a known
-    place on: a_0, b_00; t_1, a_1, b_10, b_11; ... t_0 is not among them.
+    Held-out pairs have none.
     """
-    t, a, b, place = np.zeros(n, int), np.zeros(n, int), np.zeros((n, n), int), 0
-    for i in range(n):
-        if i:
-            t[i], place = place, place + 1
-        a[i], b[i, : i + 1] = place, place + 1 + np.arange(i + 1)
-        place += i + 2
-    return t, a, b
+    dim, known = math.prod(x0.shape[1:]), jnp.arange(len(x0)) < num_fitted
+    if dim <= num:
+        found = jnp.eye(dim, dtype=x0.dtype).reshape(dim, 1, *x0.shape[1:])
+    else:
+        found = jax.random.rademacher(jax.random.key(0), (num, *x0.shape), x0.dtype)
+    return found * known.reshape(1, -1, *[1] * (x0.ndim - 1)).astype(x0.dtype)
 
 
-def _in_order(solver: NonStationary) -> jax.Array:
-    """The numbers of a solver, `[P]`, in the order of `_places`."""
-    n = len(solver.ts)
-    t, a, b = _places(n)
-    below = np.tril_indices(n)
-    numbers = jnp.concatenate([solver.ts[1:], solver.a, solver.b[below]])
-    return numbers[np.argsort(np.concatenate([t[1:], a, b[below]]))]
+def _ends(velocity: Any, to_solver: Any, thetas: jax.Array, x0: jax.Array) -> jax.Array:
+    """x_n of every example by a solver of its own, whose numbers are `thetas [num, P]`."""
+    ts, a, b = jax.vmap(to_solver, out_axes=-1)(thetas)  # the examples' axis last
+    velocity = jax.checkpoint(velocity)  # else the backward pass keeps n of them
 
+    def times(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim)) * x
 
-def _end_and_derivatives(
-    velocity: Any, solver: NonStationary, x0: jax.Array, size: int
-) -> tuple[jax.Array, jax.Array]:
-    """x_n and its derivatives by the numbers of `_in_order`, `[P, *x0.shape]`, in forward mode.
+    def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> Any:
+        x, slopes = carry
+        slopes = slopes.at[i].set(velocity(ts[i], x))
+        return (times(a[i], x0) + jnp.sum(times(b[i], slopes), axis=0), slopes), None
 
-    Of every evaluation only those columns are taken that are not zero there, a third of all.
-    """
-    ts, a, b = solver
-    n = len(ts)
-    t_place, a_place, b_place = (jnp.asarray(part) for part in _places(n))
-    num = 2 * n - 1 + n * (n + 1) // 2
-    padded = -(-num // size) * size
-
-    def slope(i: jax.Array, x: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """u_i and its derivatives, `size` columns in parallel."""
-        active = jnp.where(i > 0, t_place[i] + 1, 0)  # t_i is the last that is felt
-
-        def columns(k: jax.Array, found: Any) -> Any:
-            begin = k * size
-            in_t = (begin + jnp.arange(size) == t_place[i]) & (i > 0)
-            tangents = in_t.astype(x.dtype), jax.lax.dynamic_slice_in_dim(moved, begin, size)
-
-            def column(dt: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
-                return jax.jvp(velocity, (ts[i], x), (dt, dx))
-
-            u, part = jax.vmap(column, out_axes=(None, 0))(*tangents)
-            return u, jax.lax.dynamic_update_slice_in_dim(found[1], part, begin, 0)
-
-        # At t_0 nothing is felt, but u_0 is needed.
-        rounds = jnp.maximum(1, -(-active // size))
-        return jax.lax.fori_loop(0, rounds, columns, (x, jnp.zeros_like(moved)))
-
-    def step(carry: Any, i: jax.Array) -> Any:
-        x, moved, slopes, slopes_moved = carry
-        u, u_moved = slope(i, x, moved)
-        slopes, slopes_moved = slopes.at[i].set(u), slopes_moved.at[i].set(u_moved)
-        dot = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-        x, moved = a[i] * x0 + dot(b[i], slopes), dot(b[i], slopes_moved)
-        moved = moved.at[a_place[i]].set(x0)
-        # A b_ij with j > i is not there: its place is out of range, and nothing is set.
-        own = jnp.where(jnp.arange(n) <= i, b_place[i], padded)
-        return (x, moved.at[own].set(slopes, mode="drop"), slopes, slopes_moved), None
-
-    zeros = [jnp.zeros((*shape, *x0.shape), x0.dtype) for shape in ((padded,), (n,), (n, padded))]
-    (x, moved, _, _), _ = jax.lax.scan(step, (x0, *zeros), jnp.arange(n))
-    return x, moved[:num]
+    slopes = jnp.zeros((len(ts), *x0.shape), x0.dtype)
+    (x, _), _ = jax.lax.scan(step, (x0, slopes), jnp.arange(len(ts)))
+    return x
 
 
 def _levenberg_marquardt(
@@ -250,19 +216,23 @@ def _levenberg_marquardt(
     return found
 
 
-def _check_numbers(steps: int, held_out: int, columns: int, num_residuals: int, size: int) -> None:
+def _check_numbers(steps: int, held_out: int, projections: int) -> None:
     for name, value, least in (
         ("num_steps", steps, 1),
         ("num_held_out", held_out, 0),
-        ("num_columns", columns, 1),
+        ("num_projections", projections, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(
                 f"{name} must be a whole number from {least} on; got {kind(value)}. The defaults "
-                "are 30 steps, 0 pairs and 4 columns."
+                "are 30 steps, 0 pairs and 2 projections."
             )
+
+
+def _check_enough(num_residuals: int, size: int) -> None:
     if num_residuals < size:
         raise ValueError(
-            "The pairs that are fitted must have at least as many coordinates as the solver has "
-            f"numbers; got {max(num_residuals, 0)} and {size}. Give more pairs, or hold out fewer."
+            "The pairs that are fitted must have at least as many residuals as the solver has "
+            f"numbers; got {max(num_residuals, 0)} and {size}. Give more pairs or projections, or "
+            "hold out fewer."
         )

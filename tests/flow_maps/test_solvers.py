@@ -24,9 +24,10 @@ FINE = diffrax.PIDController(rtol=1e-6, atol=1e-6)
 X0 = jax.random.normal(jax.random.key(0), (6, 2))
 
 
+@fm.per_example
 def curved(t, x):
     """Neither linear nor autonomous, the coordinates not apart."""
-    return jnp.sin(3 * x[:, ::-1]) + jnp.cos(4 * t) * x
+    return jnp.sin(3 * x[::-1]) + jnp.cos(4 * t) * x
 
 
 APPLY = jit(lambda solver, x0: apply_solver(curved, solver, x0))
@@ -94,7 +95,8 @@ def test_one_step_is_exact_for_normal_data():
 def test_the_fit_finds_that_step():
     flow = GaussianFlow(np.array([0.8, -1.1]), np.array([0.4, 0.4]))
     x1 = jnp.asarray(flow.flow(1.0, X0), jnp.float32)
-    fitted = jit(lambda x1: fit_solver(flow.velocity, from_euler(1), X0, x1, num_steps=10))(x1)
+    velocity = fm.per_example(lambda t, x: flow.velocity(t, x[None])[0])
+    fitted = jit(lambda x1: fit_solver(velocity, from_euler(1), X0, x1, num_steps=10))(x1)
     assert fitted.rms[0] > 0.1 > 1e-6 > fitted.rms[-1]
     np.testing.assert_allclose(fitted.solver.a, [1.4], atol=1e-5)
     np.testing.assert_allclose(fitted.solver.b, [[1.0]], atol=1e-5)
@@ -145,24 +147,39 @@ def test_eight_learned_evaluations_beat_the_usual_methods():
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_the_derivatives_of_the_end_point_are_those_of_forward_mode(n, x64):
-    """Column by column, three in parallel, whichever of them are felt at an evaluation."""
-    rng, x0 = np.random.default_rng(n), X0.astype(jnp.float64)
+def test_the_triangle_holds_the_jacobian_of_forward_mode(n, x64):
+    """All of it in the plane; of more coordinates what two projections of every pair see."""
+    rng = np.random.default_rng(n)
     b = np.tril(rng.normal(1 / n, 0.2, (n, n)))
     parts = np.arange(n) / n + 0.1 * rng.uniform(size=n) / n, rng.normal(1, 0.2, n), b
     solver = NonStationary(*map(jnp.asarray, parts))
     theta, to_solver = fitting._coordinates(solver)
     for got, given in zip(to_solver(theta), solver, strict=True):
         np.testing.assert_allclose(got, given, atol=1e-12)
+    for dim in (2, 5):
+        x0, x1 = (jnp.asarray(rng.normal(size=(40, dim))) for _ in range(2))
 
-    @jit
-    def both(theta):
-        exact = jax.jacfwd(lambda theta: apply_solver(curved, to_solver(theta), x0))(theta)
-        inner = jax.jacfwd(lambda theta: fitting._in_order(to_solver(theta)))(theta)
-        _, moved = fitting._end_and_derivatives(curved, to_solver(theta), x0, 3)
-        return jnp.tensordot(moved, inner, [[0], [0]]), exact
+        @jit
+        def both(theta, x0=x0, x1=x1, dim=dim):
+            def apart(theta):
+                return (apply_solver(curved, to_solver(theta), x0) - x1)[:30]
 
-    np.testing.assert_allclose(*both(theta), atol=1e-12)
+            def seen(theta):
+                """All coordinates, or every pair's two sums with random signs, halved."""
+                signs = fitting._directions(x0, 30, 2)[:, :30]
+                along = jnp.sum(signs * apart(theta)[None], axis=2) / jnp.sqrt(2.0)
+                return (apart(theta) if dim == 2 else along).reshape(-1) / jnp.sqrt(30 * dim)
+
+            residual = fitting._compressed(curved, to_solver, (x0, x1), 30, 2)
+            found = []
+            for function in (lambda theta: residual(theta)[0], seen):
+                r, j = function(theta), jax.jacfwd(function)(theta)
+                found.append((j.T @ j, j.T @ r, r @ r))
+            rms = jnp.sqrt(jnp.mean(jnp.square(apart(theta))))
+            return [*found[0], residual(theta)[1][0]], [*found[1], rms]
+
+        for one, other in zip(*both(theta), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-10)
 
 
 def test_jit_and_vmap_change_nothing():
