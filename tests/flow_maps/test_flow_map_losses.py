@@ -273,8 +273,9 @@ def test_targets_are_float32_under_a_bfloat16_network():
         del s
         return jnp.broadcast_to(2**-9 * t[:, None], x.shape).astype(jnp.bfloat16)
 
-    low = ones.astype(jnp.bfloat16)
-    for low in (sample, sample._replace(x_t=low), sample._replace(x_t=low, u_t=low)):
+    half_ones = ones.astype(jnp.bfloat16)
+    all_low = sample._replace(x_t=half_ones, u_t=half_ones)
+    for low in (sample, sample._replace(x_t=half_ones), all_low):
         loss = mean_flow(half, low, jnp.ones(2))
         assert loss.dtype == jnp.float32
         np.testing.assert_allclose(loss, (1 + 2**-9) ** 2, rtol=1e-6)
