@@ -173,7 +173,7 @@ def test_jit_is_eager_and_the_batch_is_its_examples(loss, x64):
     each = sample._replace(t=jnp.full(6, 0.25)), jnp.full(6, 0.75)
 
     def either(t, s, x):  # both [] or both [batch]
-        return U(*(jnp.broadcast_to(a, x.shape[:1]) for a in (t, s)), x)
+        return U(*(jnp.broadcast_to(a, x.shape[:1]) for a in (t, s)), x)  # pyright: ignore
 
     got, same = jit(lambda *pairs: [loss(either, *pair) for pair in pairs])(for_all, each)
     np.testing.assert_allclose(got, same, rtol=1e-9)
