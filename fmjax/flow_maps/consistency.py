@@ -132,8 +132,8 @@ def ect_next(
       ValueError: for times outside [0, 1], a negative stage, q <= 1, k < 0 or b <= 0, where known.
 
     Example:
-      >>> ect_next(jnp.array([0.0, 0.5, 1.0]), 0)
-      Array([0.       , 0.8250007, 1.       ], dtype=float32)
+      >>> [f"{float(ect_next(jnp.array(0.5), stage)):.3f}" for stage in (0, 1, 2)]
+      ['0.825', '0.555', '0.513']
 
     Source: Geng et al. 2024, arXiv 2406.14548, section 3, and the authors' code.
     """

@@ -173,7 +173,7 @@ def test_jit_is_eager_and_the_batch_is_its_examples(loss, x64):
     each = sample._replace(t=jnp.full(6, 0.25)), jnp.full(6, 0.75)
 
     def either(t, s, x):  # both [] or both [batch]
-        return U(*(jnp.broadcast_to(a, x.shape[:1]) for a in (t, s)), x)
+        return U(*(jnp.broadcast_to(a, x.shape[:1]) for a in (t, s)), x)  # pyright: ignore
 
     got, same = jit(lambda *pairs: [loss(either, *pair) for pair in pairs])(for_all, each)
     np.testing.assert_allclose(got, same, rtol=1e-9)
@@ -273,7 +273,9 @@ def test_targets_are_float32_under_a_bfloat16_network():
         del s
         return jnp.broadcast_to(2**-9 * t[:, None], x.shape).astype(jnp.bfloat16)
 
-    for low in (sample, sample._replace(x_t=ones.astype(jnp.bfloat16))):
+    half_ones = ones.astype(jnp.bfloat16)
+    all_low = sample._replace(x_t=half_ones, u_t=half_ones)
+    for low in (sample, sample._replace(x_t=half_ones), all_low):
         loss = mean_flow(half, low, jnp.ones(2))
         assert loss.dtype == jnp.float32
         np.testing.assert_allclose(loss, (1 + 2**-9) ** 2, rtol=1e-6)

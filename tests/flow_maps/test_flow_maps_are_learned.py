@@ -71,7 +71,7 @@ def improved(U, *batch):
 
 
 def shortcut(U, *batch):
-    return flow_maps.alpha_flow_loss(U, *batch, 0.5, first=U)
+    return flow_maps.alpha_flow_loss(U, *batch, 0.5, first=U)  # pyright: ignore
 
 
 def terminal(U, *batch):
