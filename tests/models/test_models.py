@@ -24,7 +24,7 @@ TINY = functools.partial(
     models.UNet, channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=()
 )
 # The default scale of time is a smoother one, under which a hundredth changes these by 0.5 %.
-SMALL = functools.partial(models.DiT, width=16, depth=1, num_heads=2, time_scale=60.0)
+SMALL = functools.partial(models.DiT, width=16, depth=1, num_heads=2, time_scale=200.0)
 MODELS = {
     "mlp": (models.MLP(features=(16, 16)), (5,)),
     "mlp_classes": (models.MLP(features=(16,), activation=nn.gelu, num_classes=3), (2,)),

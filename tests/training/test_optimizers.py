@@ -147,6 +147,7 @@ def small():
     return params, lambda p, key, x: jnp.mean((model.apply(p, 0.5, x) - x**2) ** 2), x
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_that_never_stopped():
     params, loss, x = small()
 
@@ -166,6 +167,7 @@ def test_a_resumed_run_is_one_that_never_stopped():
     assert float(last.loss) < float(loss(params, KEY, x))
 
 
+@pytest.mark.slow
 def test_half_precision_parameters_have_the_moments_of_float32():
     params, _, _ = small()
     tx = training.muon(RATE)
