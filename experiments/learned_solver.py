@@ -42,19 +42,19 @@ class Config:
     """Run folder."""
     evaluations: int = 8
     """Of the network, by the learnt solver."""
-    num_pairs: int = 256
+    num_pairs: int = 128
     """Pairs that are fitted."""
     num_held_out: int = 64
     """Pairs that choose the step."""
     num_unseen: int = 512
     """Noises on which the distances are measured."""
-    num_first: int = 64
+    num_first: int = 32
     """Pairs on which the starts are tried, and as many that choose the better."""
     num_steps: int = 8
     """Of Levenberg and Marquardt's method, from each start on those."""
     num_last_steps: int = 8
     """From the better one, on all pairs."""
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     """Of the exact solves, by Tsit5."""
     projections: int = 2
     """Residuals of every pair; what the fit takes grows with it."""
@@ -172,7 +172,9 @@ def fit(
     def fit_from(params: Any, solver: Any, pairs: Any, **options: int) -> Any:
         x0, x1, condition = pairs
         velocity = trained.guided(params, condition)
-        return flow_maps.fit_solver(velocity, solver, x0, x1, num_projections=config.projections, **options)
+        return flow_maps.fit_solver(
+            velocity, solver, x0, x1, num_projections=config.projections, **options
+        )
 
     few = put(jax.tree.map(lambda x: x[: 2 * config.num_first], (x0, x1, condition)))
     options = {"num_steps": config.num_steps, "num_held_out": config.num_first}

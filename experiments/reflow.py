@@ -42,20 +42,9 @@ class Config(pairs.PairsConfig):
     checkpoint_every: int = 400
 
 
-def u_shaped(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Times of a density proportional to e^(4 t) + e^(4 (1 - t)).
-
-    Either half is an exponential on [0, 1], drawn by its inverse; a coin mirrors it.
-    """
-    key_u, key_side = jax.random.split(key)
-    u = jax.random.uniform(key_u, shape, jnp.float32)
-    t = jnp.log1p(u * jnp.expm1(4.0)) / 4.0
-    return jnp.where(jax.random.bernoulli(key_side, 0.5, shape), t, 1 - t)
-
-
 def draw(key: jax.Array, batch: pairs.PairBatch) -> tuple[fm.PathSample, Any]:
     """All that is random in a step: the times. Noise came with its pair."""
-    t = u_shaped(key, batch.x0.shape[:1])
+    t = fm.u_shaped(4.0)(key, batch.x0.shape[:1])
     return fm.sample_path(fm.cond_ot(), batch.x0, batch.x1, t), batch.condition
 
 

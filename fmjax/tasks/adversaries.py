@@ -85,7 +85,7 @@ def make_task(config: AdversaryConfig) -> Task:
     """
     _check(config)
     pictures = images.open_images(config)
-    model = images.make_unet(config, pictures.num_classes)
+    model = images.make_network(config, pictures.num_classes)
     known = pictures.num_classes if config.conditional else None
     judge = models.Discriminator(**dataclasses.asdict(config.discriminator), num_classes=known)
     method, start = METHODS[config.method], jnp.zeros(())
@@ -149,14 +149,19 @@ def _adversarial(
     return generator + both.discriminator + 0.5 * config.penalty * penalty
 
 
-def velocity_of(model: models.UNet, params: Any, labels: Any = None) -> Any:
+def velocity_of(model: models.UNet | models.DiT, params: Any, labels: Any = None) -> Any:
     """The velocity of the generator's network."""
     return images.velocity_of(model, params["generator"], labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def generate(
-    model: models.UNet, params: Any, key: jax.Array, x0: jax.Array, labels: Any, num_steps: int
+    model: models.UNet | models.DiT,
+    params: Any,
+    key: jax.Array,
+    x0: jax.Array,
+    labels: Any,
+    num_steps: int,
 ) -> jax.Array:
     """Samples `[num, *event]` in `num_steps` equal steps."""
     average = average_velocity_of(model, params["generator"], labels)

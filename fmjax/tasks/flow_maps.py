@@ -44,18 +44,18 @@ class FlowMapConfig(images.ImageConfig):
 
 
 def average_velocity_of(
-    model: models.UNet, params: Any, labels: Any = None
+    model: models.UNet | models.DiT, params: Any, labels: Any = None
 ) -> flow_maps.AverageVelocity:
     """The average velocity under the labels `[batch]`; that of no class without them."""
     velocity: Any = images.velocity_of(model, params, labels)
     return lambda t, s, x: velocity(t, x, horizon=s - t)
 
 
-def network_of(trained: Trained) -> models.UNet:
+def network_of(trained: Trained) -> models.UNet | models.DiT:
     """The network of a trained run, with XLA's kernels."""
     samples = trained.task.samples
     num_classes = 0 if samples is None else samples.num_classes or 0
-    return images.make_unet(trained.config, num_classes).clone(kernels=xla.KERNELS)
+    return images.make_network(trained.config, num_classes).clone(kernels=xla.KERNELS)
 
 
 def draw(
@@ -81,13 +81,13 @@ def make_task(config: FlowMapConfig) -> Task:
     Raises:
       ValueError: for flags that can't work together; by what is read, as `data.load` does.
     """
-    if not config.model.horizon:
+    flags = "dit" if config.network == "dit" else "model"
+    if not getattr(config, flags).horizon:
         raise ValueError(
-            "An average velocity needs a network with a horizon; got --model.no-horizon. Leave the "
-            "flag out."
+            f"An average velocity needs a network with a horizon; got none. Give --{flags}.horizon."
         )
     pictures = images.open_images(config)
-    model = images.make_unet(config, pictures.num_classes)
+    model = images.make_network(config, pictures.num_classes)
     method, tx = METHODS[config.method], harness.optimizer(config)
     init_params = functools.partial(images.init_params, model, pictures.event_shape)
 
@@ -122,7 +122,7 @@ def with_few_steps(task: Task, pictures: images.Pictures, few: Callable[..., jax
 @functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def draw_in_few_steps(
     method: Method,
-    model: models.UNet,
+    model: models.UNet | models.DiT,
     params: Any,
     key: jax.Array,
     x0: jax.Array,

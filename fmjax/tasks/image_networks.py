@@ -62,6 +62,8 @@ class DiTConfig:
     """Tokens of the time, and as many of the class."""
     time_scale: float = 16.0
     """The highest frequency at which time enters, the lowest being a hundredth."""
+    horizon: bool = False
+    """Whether it is an average velocity's, and also takes s - t."""
     dropout: float = 0.0
     """Dropout rate in the feed-forward layers."""
 

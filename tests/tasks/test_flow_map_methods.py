@@ -164,7 +164,7 @@ def test_a_small_network_learns_to_draw(name):
 
 def test_a_network_without_a_horizon_is_refused():
     flat = dataclasses.replace(TINY, horizon=False)
-    with pytest.raises(ValueError, match="--model.no-horizon"):
+    with pytest.raises(ValueError, match="Give --model.horizon"):
         flow_map.make_task(flow_map.Config(model=flat))
 
 

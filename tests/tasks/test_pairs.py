@@ -37,14 +37,6 @@ def config(folder, workdir="unused", **flags):
     return reflow.Config(**({"workdir": workdir, "teacher": folder} | small | flags))
 
 
-def test_u_shaped_times():
-    """Their distribution function (e^4t - e^4(1-t) + e^4 - 1) / 2 (e^4 - 1) makes them uniform."""
-    t = np.sort(reflow.u_shaped(jax.random.key(0), (4000,))).astype(np.float64)
-    uniform = (np.exp(4 * t) - np.exp(4 * (1 - t)) + np.expm1(4)) / (2 * np.expm1(4))
-    # The largest deviation of 4000 draws is below 0.026 in 99 of 100 cases.
-    assert np.abs(uniform - (np.arange(4000) + 0.5) / 4000).max() < 0.026
-
-
 def test_without_a_teacher():
     with pytest.raises(ValueError, match="--teacher must name the run folder"):
         reflow.make_task(config(None))
