@@ -87,7 +87,8 @@ class Config:
     judge: judging.JudgeConfig = judging.JudgeConfig()
     """What sample quality is measured with."""
     record: pathlib.Path | None = None
-    """A JSON file for the figures, such as experiments/benchmarks/results/few_steps_digits.json."""
+    """A JSON file for the figures, such as experiments/benchmarks/results/few_steps_digits.json. One
+    that is there gains these seeds."""
     picture: pathlib.Path | None = None
     """A PNG of a few samples of each way."""
 
@@ -284,7 +285,7 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
     for name, of_seeds in models.items():
         for label, way in ways(config, name).items():
             drawn = draw(config, name, label, way, of_seeds)
-            row = {"training": name, "way": label}
+            row = {"training": name, "way": label, "seeds": list(config.seeds)}
             row |= {"evaluations": [float(found["evaluations"]) for found in drawn]}
             rows.append(row | judged(judge, [(found["images"], labels) for found in drawn]))
             shown.append(drawn[0]["images"][:SHOWN])
@@ -296,6 +297,7 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
         picture = plotting.grid(np.concatenate(shown), columns=SHOWN, num_levels=real.num_levels)
         plotting.save(config.picture, picture)
     found = judged(judge, [(real.images[k], labels) for k in picked])
+    found = {"seeds": list(config.seeds)} | found
     return {"samples": rows, "real": found, "judge": judge.record}
 
 
@@ -322,9 +324,11 @@ def main(config: Config) -> dict[str, Any]:
     record["step_seconds"] = {name: step_seconds(config, name) for name in models}
     record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)
-    print(few_steps_report.table(record))
     if config.record is not None:
+        if config.record.exists():
+            record = few_steps_report.merged(json.loads(config.record.read_text()), record)
         write_json(config.record, record)
+    print(few_steps_report.table(record))
     return record
 
 

@@ -30,6 +30,38 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with the seeds of an older one that it has not, where both were made alike.
+
+    Raises:
+      ValueError: for figures of another data set, time, number of samples or judge.
+    """
+    asked = ("dataset", "minutes", "num_samples", "num_pairs")
+    same = [{name: record["config"][name] for name in asked} for record in (old, new)]
+    same = [
+        kept | {"encoder": r["judge"]["encoder"]} for kept, r in zip(same, (old, new), strict=True)
+    ]
+    if same[0] != same[1]:
+        raise ValueError(
+            f"A record takes more seeds of one kind; got {same[0]} and {same[1]}. Name another "
+            "file by --record."
+        )
+    rows = {(row["training"], row["way"]): row for row in new["samples"]}
+    before = {(row["training"], row["way"]): row for row in old["samples"]}
+    both = [_joined(before.get(k), rows.get(k)) for k in dict.fromkeys([*rows, *before])]
+    times = old["step_seconds"] | new["step_seconds"]
+    return new | {"samples": both, "step_seconds": times, "real": _joined(old["real"], new["real"])}
+
+
+def _joined(old: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str, Any]:
+    """One row of both, by seed; the newer figures of a seed count."""
+    if old is None or new is None:
+        return old or new or {}
+    kept = [i for i, seed in enumerate(old["seeds"]) if seed not in new["seeds"]]
+    lists = {k: [old[k][i] for i in kept] + v for k, v in new.items() if isinstance(v, list)}
+    return new | lists
+
+
 def _quality(row: dict[str, Any]) -> str:
     """FD with the standard deviation over seeds, or of one seed with its standard error."""
     spread = np.std(row["fd"], ddof=1) if len(row["fd"]) > 1 else row["fd_standard_error"][0]
