@@ -281,6 +281,7 @@ def test_targets_are_float32_under_a_bfloat16_network():
         np.testing.assert_allclose(loss, (1 + 2**-9) ** 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_dropout_mask_on_both_sides():
     """With one key U is one function: where all of its calls are at one point, they agree."""
     model = models.MLP(features=(16,), dropout=0.5)

@@ -66,6 +66,7 @@ def measured(straight, x0, t0, t1):
     return straightness(velocity, x0, t0=t0, t1=t1, stepsize_controller=FINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (0.2, 0.6)])
 def test_straightness_of_a_gaussian(t0, t1):
     """x_t = t m + sqrt(S_t) x0, so u - (x1 - x0) / (t1 - t0) is (d/dt sqrt(S_t) - its mean) x0."""
@@ -87,6 +88,7 @@ def test_straightness_of_straight_paths_is_zero():
     np.testing.assert_allclose(measured(True, x, 0.25, 0.75), 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_batch_is_solved_as_its_members():
     solve = functools.partial(straightness, FLOW.velocity, solver=diffrax.Euler(), num_steps=4)
     one = jit(solve)(X0)

@@ -146,6 +146,7 @@ def test_eight_learned_evaluations_beat_the_usual_methods():
         assert learned < 0.5 * usual, type(solver).__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_triangle_holds_the_jacobian_of_forward_mode(n, x64):
     """All of it in the plane; of more coordinates what two projections of every pair see."""

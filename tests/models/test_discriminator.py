@@ -31,6 +31,7 @@ def apply(model, *args) -> Any:
     return model.apply(*args)
 
 
+@pytest.mark.slow
 def test_examples_are_apart_and_jit_changes_nothing():
     model, params, x = setup()
     d, compiled = apply(model, params, x, LABELS), jit(model.apply)

@@ -296,6 +296,7 @@ def test_a_horizon_adds_zero_at_first_and_then_something(name):
     assert min(relative(each[i], none[i]) for i in (1, 2)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_time_derivative_of_a_unet_wants_a_small_time_scale(x64):
     """A step of 0.02 by the derivative: nearly there at 16, far off at 1000."""
     times, off = jnp.asarray([0.2, 0.5, 0.8]), {}

@@ -78,6 +78,7 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix(shape):
         assert 0.14 < np.sqrt((move**2).mean()) < 0.25
 
 
+@pytest.mark.slow
 def test_convolutions_are_one_matrix_and_fused_queries_three():
     shapes = {"Conv_0": (3, 3, 4, 8), "qkv": (6, 18), "Dense_1": (6, 18)}
     params = network(shapes)
