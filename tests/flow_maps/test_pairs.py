@@ -87,6 +87,7 @@ def test_straightness_of_straight_paths_is_zero():
     np.testing.assert_allclose(measured(True, x, 0.25, 0.75), 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_batch_is_solved_as_its_members():
     solve = functools.partial(straightness, FLOW.velocity, solver=diffrax.Euler(), num_steps=4)
     one = jit(solve)(X0)
