@@ -53,10 +53,9 @@ def rms(got, exact):
     ("solver", "method", "num_steps"),
     [
         (from_euler(5), diffrax.Euler(), 5),
-        (from_midpoint(2), diffrax.Midpoint(), 1),
         (from_midpoint(8), diffrax.Midpoint(), 4),
     ],
-    ids=["euler_5", "midpoint_2", "midpoint_8"],
+    ids=["euler_5", "midpoint_8"],
 )
 def test_the_usual_methods_are_of_this_form(solver, method, num_steps):
     exact = jit(lambda x: fm.sample(curved, x, solver=method, num_steps=num_steps))(X0)
@@ -193,8 +192,7 @@ def test_jit_and_vmap_change_nothing():
 
 def test_half_precision_is_solved_in_float32():
     x0 = X0.astype(jnp.bfloat16)
-    solve = jit(lambda x0: apply_solver(lambda t, x: x * t, from_euler(64), x0))
-    got, exact = solve(x0), solve(x0.astype(jnp.float32))
+    got, exact = (APPLY(from_euler(5), x) for x in (x0, x0.astype(jnp.float32)))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 

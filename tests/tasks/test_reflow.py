@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import diffrax
 import jax
@@ -32,7 +33,9 @@ def folder(tmp_path_factory):
 
 
 def config(folder, workdir="unused", **flags):
-    small = dict(num_pairs=40, pair_batch_size=16, pair_tolerance=1e-5, num_steps=4, batch_size=16)
+    small: dict[str, Any] = dict(
+        num_pairs=40, pair_batch_size=16, pair_tolerance=1e-5, num_steps=4, batch_size=16
+    )
     small |= dict(checkpoint_every=2, log_every=1, warmup_steps=0)
     return reflow.Config(**({"workdir": workdir, "teacher": folder} | small | flags))
 
