@@ -24,7 +24,7 @@ FREE |= {"accumulate", "data_dir", "num_samples", "sample_tolerance", "guidance"
 FREE |= {"eval_split", "eval_examples", "eval_batch_size", "eval_probes", "eval_tolerance"}
 _MAY_BE_ZERO = frozenset({"seed", "warmup_steps", "ema_decay", "noise", "max_skipped_steps"})
 _MAY_BE_ZERO |= {"model.dropout", "dit.dropout", "cluster.process_id", "label_dropout", "guidance"}
-_MAY_BE_ZERO |= {"condition_dropout"}
+_MAY_BE_ZERO |= {"condition_dropout", "adversarial_weight", "transport_weight", "penalty"}
 _MAY_BE_ZERO |= {
     "preview_every",
     "num_samples",

@@ -37,6 +37,8 @@ class MLP(nn.Module):
       num_classes: None, or the number of classes; index num_classes is the null class, "no
         label", which a model trained for guidance sees instead of a dropped label.
       time_features: size of the embedding of time.
+      time_scale: the highest angular frequency at which time enters, per unit of t; the lowest is a
+        thirtieth of it. Flow maps, whose losses take the derivative in t, want less than 30.
       horizon: whether the network takes the horizon s - t, in a second embedding, which adds zero
         at first: parameters that were trained without it can be trained on.
       dropout: the rate after every hidden layer.
@@ -54,6 +56,7 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     num_classes: int | None = None
     time_features: int = 64
+    time_scale: float = 30.0
     horizon: bool = False
     dropout: float = 0.0
     dtype: DTypeLike | None = None
@@ -106,6 +109,8 @@ class ConditionalMLP(nn.Module):
       features: widths of the hidden layers, at least one.
       activation: of the hidden layers; see `MLP` on kinks.
       time_features: size of the embedding of time.
+      time_scale: the highest angular frequency at which time enters, per unit of t; the lowest is a
+        thirtieth of it. Flow maps, whose losses take the derivative in t, want less than 30.
       horizon: whether the network takes the horizon s - t, in a second embedding, which adds zero
         at first: parameters that were trained without it can be trained on.
       dropout: the rate after every hidden layer.
@@ -122,6 +127,7 @@ class ConditionalMLP(nn.Module):
     features: Sequence[int] = (128, 128, 128)
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     time_features: int = 64
+    time_scale: float = 30.0
     horizon: bool = False
     dropout: float = 0.0
     dtype: DTypeLike | None = None
@@ -169,6 +175,8 @@ def _check(model: MLP | ConditionalMLP, x: jax.Array) -> None:
         )
     if model.time_features < 2:
         raise ValueError(f"time_features must be at least 2; got {model.time_features}.")
+    if not model.time_scale > 0:
+        raise ValueError(f"time_scale must be positive; got {model.time_scale}. 30 is usual.")
 
 
 def _flat(condition: Any, batch_size: int) -> jax.Array:
@@ -196,8 +204,12 @@ def _embedded_time(
     dtypes = Dtypes(dtype=dtype, param_dtype=model.param_dtype)
     dense = functools.partial(nn.Dense, model.features[0], use_bias=False, **dtypes)
 
+    scale = model.time_scale
+
     def embed(t: jax.Array) -> jax.Array:
-        return time_embedding(t, model.time_features, highest=30.0, lowest=1.0).astype(dtype)
+        return time_embedding(t, model.time_features, highest=scale, lowest=scale / 30).astype(
+            dtype
+        )
 
     # Apart from x, so that a scalar time is multiplied once and a Jacobian skips it.
     emb = dense(name="time")(embed(broadcast_time(t, x).reshape(-1)))

@@ -90,13 +90,18 @@ def make_task(config: AdversaryConfig) -> Task:
     judge = models.Discriminator(**dataclasses.asdict(config.discriminator), num_classes=known)
     method, start = METHODS[config.method], jnp.zeros(())
 
+    init_generator = functools.partial(images.init_params, model, pictures.event_shape)
+    begun = None  # with parameters that were trained; a finished run has its own
+    if config.generator is not None and config.known is None:
+        example = jax.eval_shape(init_generator, jax.random.key(0))
+        begun = restore_params(places.as_path(config.generator), example)[0]
+
     def init_params(key: jax.Array) -> dict[str, Any]:
         key_u, key_d = jax.random.split(key)
-        generator = images.init_params(model, pictures.event_shape, key_u)
-        if config.generator is not None and config.known is None:
-            generator = restore_params(places.as_path(config.generator), generator)[0]
+        generator = init_generator(key_u) if begun is None else begun
         empty = jnp.zeros((1, *pictures.event_shape))
-        return {"generator": generator, "discriminator": judge.init(key_d, empty)}
+        discriminator = judge.init(key_d, empty)
+        return {"generator": jax.tree.map(jnp.asarray, generator), "discriminator": discriminator}
 
     def drawn(key: jax.Array, batch: images.Images) -> Drawn:
         return draw(config, pictures, key, batch, start)

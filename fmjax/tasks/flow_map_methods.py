@@ -4,14 +4,15 @@ All of them train one network U(t, s, x), s >= t, with x_s = x_t + (s - t) U; `f
 their mathematics. What is chosen here are the published recipes' pairs of times and weights:
 
     flow_matching         s = t: the common flow, and what more of it buys
-    mean_flow             both times logit-normal, s = max(t, s), a quarter s = t; weight power .75
-    improved_mean_flow    the same, half s = t; the tangent is the network's own velocity
+    mean_flow             logit_normal(0.6, 1.6) to logit_normal(4, 1.6), a quarter s = t
+    improved_mean_flow    two of logit_normal(0.4, 1), half s = t; along the network's own velocity
     alpha_flow            as mean_flow; alpha falls from 1 to 0.01 along a sigmoid in the step
     shortcut              a quarter of the batch has s - t = 2^-k, k = 0..6, at multiples of it
-    terminal_velocity     as mean_flow, half s = t; flow matching beside it
+    terminal_velocity     two uniform times; flow matching at t beside it
     consistency           s = 1: the map to the data alone, from ECT's pairs of neighbouring times
 
-A network that knows the map to the data alone draws in several steps by going back to noisier
+The losses of mean_flow, improved_mean_flow and alpha_flow are weighted by themselves, to the power
+.75. A network that knows the map to the data alone draws in several steps by going back to noisier
 times; the others take n equal steps.
 """
 
@@ -87,11 +88,17 @@ def _weighted(loss: jax.Array, x: jax.Array) -> jax.Array:
     return flow_maps.adaptive_weight(loss, power=0.75, epsilon=1e-3 / x[0].size)
 
 
-def _logit_normal_pairs(equal: float) -> Callable[..., flow_maps.TimePair]:
-    times = flow_maps.ordered_times(
-        fm.logit_normal(0.6, 1.6), fm.logit_normal(4.0, 1.6), equal=equal
-    )
+def _pairs(times: Callable[..., flow_maps.TimePair]) -> Callable[..., flow_maps.TimePair]:
     return lambda key, shape, progress: times(key, shape)
+
+
+_TOWARDS_DATA = flow_maps.ordered_times(
+    fm.logit_normal(0.6, 1.6), fm.logit_normal(4.0, 1.6), equal=0.25
+)
+_IN_THE_MIDDLE = flow_maps.ordered_times(
+    fm.logit_normal(0.4, 1.0), fm.logit_normal(0.4, 1.0), equal=0.5, order=flow_maps.sort_times
+)
+_ANYWHERE = flow_maps.ordered_times(fm.uniform, fm.uniform, equal=0.0, order=flow_maps.sort_times)
 
 
 def _same_times(key: jax.Array, shape: tuple[int, ...], progress: jax.Array) -> Any:
@@ -171,10 +178,10 @@ def _consistency(average_velocity, drawn, progress):
 
 METHODS = {
     "flow_matching": Method(_same_times, _flow_matching, equal_steps),
-    "mean_flow": Method(_logit_normal_pairs(0.25), _mean_flow, equal_steps),
-    "improved_mean_flow": Method(_logit_normal_pairs(0.5), _improved_mean_flow, equal_steps),
-    "alpha_flow": Method(_logit_normal_pairs(0.25), _alpha_flow, equal_steps, anneals=True),
+    "mean_flow": Method(_pairs(_TOWARDS_DATA), _mean_flow, equal_steps),
+    "improved_mean_flow": Method(_pairs(_IN_THE_MIDDLE), _improved_mean_flow, equal_steps),
+    "alpha_flow": Method(_pairs(_TOWARDS_DATA), _alpha_flow, equal_steps, anneals=True),
     "shortcut": Method(_dyadic_pairs, _shortcut, equal_steps),
-    "terminal_velocity": Method(_logit_normal_pairs(0.25), _terminal_velocity, equal_steps),
+    "terminal_velocity": Method(_pairs(_ANYWHERE), _terminal_velocity, equal_steps),
     "consistency": Method(_consistency_pairs, _consistency, renoised, anneals=True),
 }
