@@ -233,7 +233,9 @@ def _quieten() -> None:
     """Silences, until the process ends, what libraries print besides the error that they raise.
 
     Where a save fails, Orbax's threads log tracebacks, TensorStore prints one for every write that
-    comes back to a closed event loop, and so does every coroutine that is left unfinished.
+    comes back to a closed event loop, and so does every coroutine that is left unfinished. An
+    object whose making Ctrl-C or an error cut off complains, as it is deleted, of the attribute
+    that it never got.
     """
     for talker in _TALKERS:
         logging.getLogger(talker).addFilter(_is_heard)
@@ -246,7 +248,9 @@ def _is_heard(record: logging.LogRecord) -> bool:
 
 def _on_unraisable(unraisable: Any) -> None:
     late = "Event loop is closed" in str(unraisable.exc_value)
-    if not late and not inspect.iscoroutine(unraisable.object):
+    deleted = getattr(unraisable.object, "__name__", "") == "__del__"
+    half_made = deleted and isinstance(unraisable.exc_value, AttributeError)
+    if not (late or half_made or inspect.iscoroutine(unraisable.object)):
         sys.__unraisablehook__(unraisable)
 
 

@@ -142,6 +142,24 @@ def test_signals_keep_their_exit_codes(capsys):
     assert end(capsys, raising(SystemExit(143))) == (143, "")
 
 
+class CutOff:
+    """Ctrl-C comes before the attribute that its `__del__` reads."""
+
+    def __init__(self, wrong=AttributeError):
+        self.wrong = wrong
+        raise KeyboardInterrupt
+
+    def __del__(self):
+        raise self.wrong("the object has no attribute '_thread'")
+
+
+def test_what_ctrl_c_leaves_half_made_says_nothing(capsys):
+    code, said = end(capsys, lambda config: CutOff())
+    assert code == 130 and said.strip().splitlines() == [said.strip()] and "Interrupted" in said
+    _, said = end(capsys, lambda config: CutOff(OSError))  # anything else is heard
+    assert "OSError: the object" in said
+
+
 def refuse(config):
     command._refuse_repetitions(["--a", "--a"])
 
