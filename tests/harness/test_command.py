@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +160,25 @@ def test_what_ctrl_c_leaves_half_made_says_nothing(capsys):
     assert code == 130 and said.strip().splitlines() == [said.strip()] and "Interrupted" in said
     _, said = end(capsys, lambda config: CutOff(OSError))  # anything else is heard
     assert "OSError: the object" in said
+
+
+class InACallback:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(capsys):
+    def main(config):
+        InACallback()
+        time.sleep(10)
+        raise AssertionError("Ctrl-C was lost")
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, said = end(capsys, main)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert code == 130 and said.strip().splitlines() == [said.strip()] and "Interrupted" in said
 
 
 def refuse(config):
