@@ -13,6 +13,7 @@ Every command has the flag `--traceback`, which shows where an expected error wa
 is no field of a Config: no run folder records it. A `main(config)` called from Python raises.
 """
 
+import _thread
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +25,7 @@ import pathlib
 import re
 import shlex
 import sys
+import threading
 import traceback
 import typing
 from collections import Counter
@@ -233,7 +235,9 @@ def _quieten() -> None:
     """Silences, until the process ends, what libraries print besides the error that they raise.
 
     Where a save fails, Orbax's threads log tracebacks, TensorStore prints one for every write that
-    comes back to a closed event loop, and so does every coroutine that is left unfinished.
+    comes back to a closed event loop, and so does every coroutine that is left unfinished. An
+    object whose making Ctrl-C or an error cut off complains, as it is deleted, of the attribute
+    that it never got. Ctrl-C itself, where it comes in a callback, is told to the main thread anew.
     """
     for talker in _TALKERS:
         logging.getLogger(talker).addFilter(_is_heard)
@@ -245,8 +249,13 @@ def _is_heard(record: logging.LogRecord) -> bool:
 
 
 def _on_unraisable(unraisable: Any) -> None:
+    if unraisable.exc_type is KeyboardInterrupt:  # Ctrl-C came in a callback, where it is dropped
+        threading.Timer(0.01, _thread.interrupt_main).start()
+        return
     late = "Event loop is closed" in str(unraisable.exc_value)
-    if not late and not inspect.iscoroutine(unraisable.object):
+    deleted = getattr(unraisable.object, "__name__", "") == "__del__"
+    half_made = deleted and isinstance(unraisable.exc_value, AttributeError)
+    if not (late or half_made or inspect.iscoroutine(unraisable.object)):
         sys.__unraisablehook__(unraisable)
 
 

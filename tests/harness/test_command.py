@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,43 @@ def test_signals_keep_their_exit_codes(capsys):
     code, said = end(capsys, raising(KeyboardInterrupt()))
     assert code == 130 and len(said.strip().splitlines()) == 1 and "Interrupted" in said
     assert end(capsys, raising(SystemExit(143))) == (143, "")
+
+
+class CutOff:
+    """Ctrl-C comes before the attribute that its `__del__` reads."""
+
+    def __init__(self, wrong=AttributeError):
+        self.wrong = wrong
+        raise KeyboardInterrupt
+
+    def __del__(self):
+        raise self.wrong("the object has no attribute '_thread'")
+
+
+def test_what_ctrl_c_leaves_half_made_says_nothing(capsys):
+    code, said = end(capsys, lambda config: CutOff())
+    assert code == 130 and said.strip().splitlines() == [said.strip()] and "Interrupted" in said
+    _, said = end(capsys, lambda config: CutOff(OSError))  # anything else is heard
+    assert "OSError: the object" in said
+
+
+class InACallback:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(capsys):
+    def main(config):
+        InACallback()
+        time.sleep(10)
+        raise AssertionError("Ctrl-C was lost")
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, said = end(capsys, main)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert code == 130 and said.strip().splitlines() == [said.strip()] and "Interrupted" in said
 
 
 def refuse(config):
