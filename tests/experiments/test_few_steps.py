@@ -1,0 +1,66 @@
+"""The record of few steps: seeds that are added, and its table."""
+
+import copy
+
+import pytest
+
+from experiments import few_steps, few_steps_report
+from experiments.benchmarks import flow_map_step
+
+CONFIG = {"dataset": "digits", "minutes": 2.0, "num_samples": 500, "num_pairs": 64}
+
+
+def row(training, way, seeds, fd):
+    figures = {"fd": fd, "fd_standard_error": [0.1] * len(fd), "accuracy": [0.9] * len(fd)}
+    evaluations = [2.0] * len(fd)
+    return {"training": training, "way": way, "seeds": seeds, "evaluations": evaluations} | figures
+
+
+def record(seeds, *rows):
+    real = row("", "", seeds, [0.05] * len(seeds))
+    times = {"flow": 0.1, "mean_flow": 0.125}
+    return {
+        "config": CONFIG, "judge": {"encoder": "e"}, "step_seconds": times, "samples": list(rows),
+        "real": real,
+    }  # fmt: skip
+
+
+def test_a_record_gains_seeds_and_newer_figures_count():
+    old = record(
+        [0, 1], row("flow", "Euler, 2", [0, 1], [1.0, 2.0]), row("longer", "2", [0], [7.0])
+    )
+    new = record([1, 2], row("flow", "Euler, 2", [1, 2], [3.0, 5.0]))
+    kept = copy.deepcopy(old)
+    both = few_steps_report.merged(old, new)
+    flow, longer = both["samples"]
+    assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
+    assert longer == kept["samples"][1] and both["real"]["seeds"] == [0, 1, 2] and old == kept
+    other = new | {"config": CONFIG | {"minutes": 3.0}}
+    with pytest.raises(ValueError, match="seeds of one kind.*2.0.*3.0.*--record"):
+        few_steps_report.merged(old, other)
+
+
+def test_the_table_has_the_mean_and_spread_of_seeds_or_the_error_of_one():
+    text = few_steps_report.table(
+        record(
+            [0, 1], row("flow", "Euler, 2", [0, 1], [1.0, 2.0]), row("mean_flow", "2", [0], [7.0])
+        )
+    )
+    lines = text.splitlines()
+    assert lines[2] == "| flow | 1.00 | Euler, 2 | 2 | 1.500 ± 0.707 | 0.900 |"
+    assert lines[3] == "| mean_flow | 1.25 | 2 | 2 | 7.000 ± 0.100 | 0.900 |"
+    assert lines[4].startswith("| real images |")
+
+
+def test_solvers_run_at_the_counts_that_they_know():
+    names = list(few_steps.ways(few_steps.Config(), "flow"))
+    assert [n for n in names if n.startswith("Midpoint")] == [f"Midpoint, {n}" for n in (2, 4, 8)]
+    assert [n for n in names if n.startswith("Tsit5")] == ["Tsit5, 7", "Tsit5, 13"]
+    assert list(few_steps.ways(few_steps.Config(), "shortcut")) == ["1", "2", "4", "8", "adaptive"]
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="--methods must be of .*reflow.*; got mean"):
+        few_steps.main(few_steps.Config(methods=("mean",)))
+    with pytest.raises(ValueError, match="must begin with flow_matching"):
+        flow_map_step.main(flow_map_step.Config(methods=("mean_flow",)))
