@@ -101,6 +101,7 @@ def run_config(config: Config, name: str, seed: int, num_steps: int) -> Any:
         "seed": seed,
         "num_steps": num_steps,
         "decay_steps": num_steps,
+        "warmup_steps": min(100, num_steps // 4),
         "checkpoint_every": 100,
     }
     if name == "reflow":
