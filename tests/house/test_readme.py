@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     bridges_table,
     couplings,
     ddpm_report,
+    flow_map_step,
     schedules,
     single_cell,
     uneven,
@@ -166,6 +167,7 @@ def test_the_toy_table_is_the_recorded_one():
     ("name", "table"),
     [
         ("uneven", uneven.table),
+        ("flow_map_step", flow_map_step.table),
         ("schedules", schedules.table),
         ("ddpm", ddpm_report.table),
         ("ddpm samples", ddpm_report.samples),
