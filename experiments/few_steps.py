@@ -7,9 +7,9 @@
 A flow is trained first, by `experiments.flow_map --method flow_matching`. Every method goes on from
 it for the same time, `--minutes`, and so does flow matching itself ("longer"). The time is counted
 in steps, of what one step takes on this machine, measured in turn before the first training, so
-that other work on it favours nobody; compilation is not counted. Reflow pays for its pairs first.
-The flow itself is drawn from by Euler, Midpoint, Heun and Tsit5 at the counts that they know, and
-by learned solvers, fitted in seconds.
+that other work on it favours nobody; compilation is not counted. Reflow pays for its pairs first,
+by the clock. The flow itself is drawn from by Euler, Midpoint, Heun and Tsit5 at the counts that
+they know, and by learned solvers.
 
 FD and class accuracy are under the data set's encoder, trained at the first start, on
 `--num-samples` samples of each seed; all ways begin at the same noise, told the class, without
@@ -36,10 +36,11 @@ from fmjax import plotting
 from fmjax.evaluation import judging
 from fmjax.flow_maps import apply_solver
 from fmjax.harness import command, keys, train
+from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.start import say
-from fmjax.harness.store import Store
+from fmjax.harness.store import Store, keep_settings
 from fmjax.harness.task import Trained
 from fmjax.tasks import flow_maps, images, pairs
 from fmjax.tasks.flow_map_methods import METHODS
@@ -150,7 +151,7 @@ def step_seconds(config: Config, name: str, repetitions: int = 15) -> float:
 
 def _step(config: Config, name: str) -> Callable[[], Any]:
     """One training step, of a new network."""
-    run = run_config(config, name, 0, 1000)
+    run = run_config(config, name, config.seeds[0], 1000)
     if name != "reflow":
         run = dataclasses.replace(run, init_from=None)
     if name == "adversary":
@@ -271,6 +272,9 @@ def draw(config: Config, name: str, label: str, way: Way, models: list[Trained])
     found = []
     for seed, model in zip(config.seeds, models, strict=True):
         settings = {"parameters": model.digest, "seed": seed, "num_samples": num}
+        if label.startswith(LEARNED):
+            solver = learned(config, seed, int(label.removeprefix(LEARNED)))
+            settings["solver"] = [np.asarray(part).tolist() for part in solver]
         kept = Store(config.workdir / "drawn", name, settings)
         found.append(kept.get(label.replace(", ", "_"), functools.partial(arrays, seed, model)))
     return found
@@ -288,33 +292,25 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
             drawn = draw(config, name, label, way, of_seeds)
             row = {"training": name, "way": label, "seeds": list(config.seeds)}
             row |= {"evaluations": [float(found["evaluations"]) for found in drawn]}
-            rows.append(row | judged(judge, [(found["images"], labels) for found in drawn]))
+            rows.append(row | judge.of_sets([(found["images"], labels) for found in drawn], BATCH))
             shown.append(drawn[0]["images"][:SHOWN])
             say(few_steps_report.line(rows[-1]))
-    real, rng = pictures.train, np.random.default_rng(0)
-    of_class = [np.flatnonzero(real.labels == label) for label in labels]
-    picked = [np.array([rng.choice(rows) for rows in of_class]) for _ in config.seeds]
+    real = pictures.train
     if config.picture is not None:
         picture = plotting.grid(np.concatenate(shown), columns=SHOWN, num_levels=real.num_levels)
         plotting.save(config.picture, picture)
-    found = judged(judge, [(real.images[k], labels) for k in picked])
+    found = judge.of_sets(judging.real_sets(real, labels, len(config.seeds)), BATCH)
     found = {"seeds": list(config.seeds)} | found
     return {"samples": rows, "real": found, "judge": judge.record}
 
 
-def judged(judge: judging.Judge, sets: list[tuple[np.ndarray, Any]]) -> dict[str, list[float]]:
-    """FD, its error and class accuracy of every set of (pixel values, classes)."""
-    figures = [judge.figures(judge.encode(x1, BATCH), labels) for x1, labels in sets]
-    return {
-        "fd": [found["frechet_distance"].value for found in figures],
-        "fd_standard_error": [found["frechet_distance"].standard_error for found in figures],
-        "accuracy": [found["class_accuracy"].value for found in figures],
-    }
-
-
 def main(config: Config) -> dict[str, Any]:
+    check_numbers(config, may_be_zero={"seeds"})
+    check_seeds("seeds", config.seeds)
     if unknown := set(config.methods) - set(ALL):
         raise ValueError(f"--methods must be of {', '.join(ALL)}; got {unknown.pop()}.")
+    kind = {name: getattr(config, name) for name in ("dataset", "minutes", "num_pairs")}
+    keep_settings(config.workdir, kind)
     models: dict[str, list[Trained]] = {}
     for seed in config.seeds:
         for name in ("flow", "longer", *config.methods):

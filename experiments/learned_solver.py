@@ -49,7 +49,8 @@ class Config:
     num_unseen: int = 512
     """Noises on which the distances are measured."""
     num_first: int = 32
-    """Pairs on which the starts are tried, and as many that choose the better."""
+    """Pairs on which the starts are tried, and as many that choose the better; at least as many as
+    the solver has numbers are taken."""
     num_steps: int = 8
     """Of Levenberg and Marquardt's method, from each start on those."""
     num_last_steps: int = 8
@@ -71,10 +72,19 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     check_numbers(config, may_be_zero={"seed", "num_held_out"})
     check_seeds("seed", [config.seed])
+    n = config.evaluations
+    least = -(-(2 * n - 1 + n * (n + 1) // 2) // config.projections)  # a residual for each number
+    if config.num_pairs < least:
+        raise ValueError(
+            f"A solver of {n} evaluations wants --num-pairs of {least} or more, with --projections "
+            f"{config.projections}; got {config.num_pairs}."
+        )
+    config = dataclasses.replace(config, num_first=max(config.num_first, least))
     if 2 * config.num_first > config.num_pairs + config.num_held_out:
         raise ValueError(
             "--num-first must be at most half of all pairs; got "
-            f"{config.num_first} of {config.num_pairs} + {config.num_held_out}."
+            f"{config.num_first} of {config.num_pairs} + {config.num_held_out}. Give more "
+            "--num-pairs."
         )
     folder = places.as_path(config.run)
     trained = read(folder, average=config.average, guidance=config.guidance)
@@ -203,7 +213,7 @@ def distances(
     ways = {f"Euler, {n}": Way("Euler", num_steps=n)}
     if n % 2 == 0:
         ways |= {f"{name}, {n}": Way(name, num_steps=n // 2) for name in ("Midpoint", "Heun")}
-    steps = -(-(n - 1) // 6)
+    steps = max(1, -(-(n - 1) // 6))
     ways[f"Tsit5, {6 * steps + 1}"] = Way("Tsit5", num_steps=steps)
     given = put((x0, condition))
     ends = {f"learnt, {n}": learnt(trained.params, solver, *given)}

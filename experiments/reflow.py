@@ -76,6 +76,7 @@ def make_task(config: Config) -> harness.Task:
         samples=None if task.samples is None else task.samples._replace(null=None),
         num_held_out=0,
         held_out=None,
+        about="XLA's kernels, float32",  # the teacher's are for its own training
         data=teacher.describe,
     )
 

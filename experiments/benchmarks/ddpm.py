@@ -184,27 +184,15 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
                 continue
             drawn = draw(config, way, of_seeds)
             row = {"sampler": way, "network": name, "evaluations": [n for _, n in drawn]}
-            rows.append(row | judged(judge, [(x1, labels) for x1, _ in drawn]))
+            rows.append(row | judge.of_sets([(x1, labels) for x1, _ in drawn], BATCH))
             shown.append(drawn[0][0][:20])
             print(rows[-1], flush=True)
-    real, rng = pictures.train, np.random.default_rng(0)
-    of_class = [np.flatnonzero(real.labels == label) for label in labels]
-    picked = [np.array([rng.choice(rows) for rows in of_class]) for _ in config.seeds]
+    real = pictures.train
     if config.picture is not None:
         picture = plotting.grid(np.concatenate(shown), columns=20, num_levels=real.num_levels)
         plotting.save(config.picture, picture)
-    found = judged(judge, [(real.images[k], labels) for k in picked])
+    found = judge.of_sets(judging.real_sets(real, labels, len(config.seeds)), BATCH)
     return {"samples": rows, "real": found, "judge": judge.record}
-
-
-def judged(judge: judging.Judge, sets: list[tuple[np.ndarray, Any]]) -> dict[str, list[float]]:
-    """FD, its error and class accuracy of every set of (pixel values, classes)."""
-    figures = [judge.figures(judge.encode(x1, BATCH), labels) for x1, labels in sets]
-    return {
-        "fd": [found["frechet_distance"].value for found in figures],
-        "fd_standard_error": [found["frechet_distance"].standard_error for found in figures],
-        "accuracy": [found["class_accuracy"].value for found in figures],
-    }
 
 
 def early_error(models: dict[str, list[Trained]], t: float = 0.05) -> dict[str, list[float]]:

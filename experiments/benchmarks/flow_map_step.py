@@ -18,27 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flow_map
+from experiments import few_steps, flow_map
 from fmjax.harness import command
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.start import say
 from fmjax.tasks.flow_map_methods import METHODS
-from fmjax.tasks.images import UNetConfig
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "digits, 8x8x1": {},
-    "Fashion-MNIST, 28x28x1": {
-        "dataset": "fashion_mnist",
-        "model": UNetConfig(
-            channels=16,
-            channel_multipliers=(1, 2, 4),
-            attention_resolutions=(7,),
-            head_channels=32,
-            horizon=True,
-            time_scale=16.0,
-        ),
-    },
-}
+NETWORKS = {"digits, 8x8x1": "digits", "Fashion-MNIST, 28x28x1": "fashion_mnist"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +45,13 @@ class Config:
 
 def compiled(config: Config, network: str, kernels: Any, method: Any) -> tuple[Any, dict[str, Any]]:
     """A compiled step with its arguments, and what compiling it took and planned."""
+    dataset = NETWORKS[network]
     run = flow_map.Config(
-        method=method, kernels=kernels, batch_size=config.batch_size, **NETWORKS[network]
+        method=method,
+        kernels=kernels,
+        batch_size=config.batch_size,
+        dataset=dataset,
+        model=few_steps.MODELS[dataset],
     )
     task = flow_map.make_task(run)
     batch = jax.tree.map(jnp.asarray, task.batch(np.arange(config.batch_size)))

@@ -29,10 +29,13 @@ from experiments import digits, mnist
 from fmjax.data import pixels
 from fmjax.evaluation import judging
 from fmjax.harness import command, keys, train
+from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
+from fmjax.harness.store import keep_settings
 from fmjax.harness.task import Trained
 from fmjax.tasks import images
+from fmjax.tasks.image_networks import choose_kernels
 
 BATCH = 128
 SUMMARY = ("step", "num_parameters", "examples_per_second", "loss", "bits_per_dim")
@@ -87,7 +90,9 @@ def steps_in(config: Config, network: str, optimizer: str) -> int:
     module, run = flags(config, network, optimizer, 0, folder)
     summary = config.workdir / folder / "summary.json"
     if not summary.exists():
-        run = dataclasses.replace(run, num_steps=config.timed_steps, eval_examples=0)
+        long = dataclasses.replace(run, num_steps=100_000)  # whose kernels are timed
+        run = dataclasses.replace(long, num_steps=config.timed_steps, eval_examples=0)
+        run = dataclasses.replace(run, kernels=choose_kernels(long))
         train(run, module.make_task)
     rate = json.loads(summary.read_text())["examples_per_second"] / run.batch_size
     return max(run.warmup_steps + 1, round(60 * config.minutes * rate))
@@ -164,6 +169,10 @@ def _spread(values: list[float], digits_: int) -> str:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
+    check_numbers(config, may_be_zero={"seeds"})
+    check_seeds("seeds", config.seeds)
+    kind = {name: getattr(config, name) for name in ("adam_rate", "muon_rate", "num_samples")}
+    keep_settings(config.workdir, kind)
     order = itertools.product(config.seeds, ("unet", "dit"), ("adam", "muon"))
     make = functools.partial(row, config)
     rows = [make(network, optimizer, seed) for seed, network, optimizer in order]

@@ -8,7 +8,7 @@ others give "FD (NAME)", comparable under that encoder alone.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -135,6 +135,17 @@ class Judge(NamedTuple):
                 found["class_accuracy"] = metrics.class_accuracy(logits, labels)
         return found
 
+    def of_sets(
+        self, sets: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int
+    ) -> dict[str, list[float]]:
+        """Distance, its error and class accuracy of every set of (pixel values, their classes)."""
+        found = [self.figures(self.encode(x1, batch_size), labels) for x1, labels in sets]
+        return {
+            "fd": [figures["frechet_distance"].value for figures in found],
+            "fd_standard_error": [figures["frechet_distance"].standard_error for figures in found],
+            "accuracy": [figures["class_accuracy"].value for figures in found],
+        }
+
     def check_num_samples(self, flag: str, num_samples: int) -> None:
         """Refuses, before anything is drawn, fewer samples than the figures and errors need."""
         splits, dim = self.num_splits, self.encoder.num_features
@@ -152,6 +163,16 @@ class Judge(NamedTuple):
                 f"least {least}, or give --judge.allow-few-samples and compare the figure with "
                 "none."
             )
+
+
+def real_sets(
+    real: data.ImageDataset, labels: np.ndarray, num: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """So many sets of real images of these classes, drawn with replacement."""
+    rng = np.random.default_rng(0)
+    of_class = [np.flatnonzero(real.labels == label) for label in labels]
+    picked = [np.array([rng.choice(rows) for rows in of_class]) for _ in range(num)]
+    return [(real.images[rows], labels) for rows in picked]
 
 
 def check(config: JudgeConfig) -> None:

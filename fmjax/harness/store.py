@@ -77,6 +77,22 @@ class Store:
         return self.folder / f"{name}.npz"
 
 
+def keep_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes what all that a folder holds was made under; other settings than those are refused.
+
+    Raises:
+      ValueError: if the folder was begun under other settings.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if path.exists() and (known := json.loads(path.read_text())) != settings:
+        raise ValueError(
+            f"{folder} holds what was made under {known}; got {settings}. Name another folder by "
+            "--workdir."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
 def num_computed(folder: pathlib.Path) -> int:
     """Batches that have been computed in this evaluation folder, over all its starts."""
     return sum(len(path.read_text().splitlines()) for path in folder.glob("computed*.jsonl"))

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from fmjax.models import tokens
 from fmjax.models.kernels import KERNELS, Kernels
-from fmjax.models.layers import Dtypes, class_indices, time_embedding
+from fmjax.models.layers import Dtypes, class_indices, horizon_rows, time_embedding
 from fmjax.types import broadcast_time
 
 
@@ -99,7 +99,7 @@ class DiT(nn.Module):
             a horizon without horizon=True; a concrete label out of range; a width that the heads do
             not divide.
         """
-        self._check(x, horizon)
+        self._check(x)
         dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
         dtypes = Dtypes(dtype=dtype, param_dtype=self.param_dtype)
         prefix = self._prefix(t, x, labels, horizon, dtypes)
@@ -129,13 +129,12 @@ class DiT(nn.Module):
     ) -> list[jax.Array]:
         """The tokens of the conditions, `[batch, num_time_tokens, width]` each."""
         shape = (self.num_time_tokens, self.width)
-        times = {"time": t}
-        if self.horizon:
-            times["horizon"] = jnp.zeros_like(t) if horizon is None else horizon
+        times = {"time": broadcast_time(t, x).reshape(-1)}
+        rows = horizon_rows(horizon, self.horizon, x)
+        if rows is not None:
+            times["horizon"] = rows
         found = [
-            TimeTokens(*shape, self.time_scale, name=name, **dtypes)(
-                broadcast_time(value, x).reshape(-1)
-            )
+            TimeTokens(*shape, self.time_scale, name=name, **dtypes)(value)
             for name, value in times.items()
         ]
         indices = class_indices(labels, x.shape[0], self.num_classes)
@@ -145,7 +144,7 @@ class DiT(nn.Module):
             found.append(table(indices).reshape(-1, *shape))
         return [jnp.broadcast_to(tokens, (x.shape[0], *shape)) for tokens in found]
 
-    def _check(self, x: jax.Array, horizon: jax.Array | None) -> None:
+    def _check(self, x: jax.Array) -> None:
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 "DiT takes floating images [batch, height, width, channel]; got x "
@@ -162,11 +161,6 @@ class DiT(nn.Module):
                 "width must be divisible by 4 num_heads, since a head's channels are turned in "
                 f"pairs by row and by column; got width={self.width} and num_heads="
                 f"{self.num_heads}."
-            )
-        if horizon is not None and not self.horizon:
-            raise ValueError(
-                f"a horizon needs a network that has one; got horizon {jnp.shape(horizon)} and "
-                "horizon=False. Build the model with horizon=True, or pass horizon=None."
             )
 
 

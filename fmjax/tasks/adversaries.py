@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from fmjax import flow_maps, harness, models, training
+from fmjax import flow_maps, harness, models
 from fmjax.harness import places
 from fmjax.harness.read import restore_params
 from fmjax.harness.task import Task
@@ -123,12 +123,7 @@ def make_task(config: AdversaryConfig) -> Task:
 
     tx = optax.partition(
         {
-            "generator": training.adam(
-                config.learning_rate,
-                warmup_steps=config.warmup_steps,
-                decay_steps=config.decay_steps,
-                clip_norm=config.clip_norm,
-            ),
+            "generator": harness.optimizer(dataclasses.replace(config, max_skipped_steps=0)),
             "discriminator": optax.adam(config.discriminator_rate, b1=0.0, b2=0.99),
         },
         {"generator": "generator", "discriminator": "discriminator"},

@@ -7,9 +7,11 @@ their mathematics. What is chosen here are the published recipes' pairs of times
     mean_flow             logit_normal(0.6, 1.6) to logit_normal(4, 1.6), a quarter s = t
     improved_mean_flow    two of logit_normal(0.4, 1), half s = t; along the network's own velocity
     alpha_flow            as mean_flow; alpha falls from 1 to 0.01 along a sigmoid in the step
-    shortcut              a quarter of the batch has s - t = 2^-k, k = 0..6, at multiples of it
+    shortcut              a quarter of the batch has s - t = 2^-k, k = 0..6, at multiples of it; the
+                          halves of the shortest are taken at s = t
     terminal_velocity     two uniform times; flow matching at t beside it
-    consistency           s = 1: the map to the data alone, from ECT's pairs of neighbouring times
+    consistency           the map to s = 1 alone, from ECT's pairs of neighbouring times, in five
+                          stages for runs that are shorter than ECT's; the distance unsquared
 
 The losses of mean_flow, improved_mean_flow and alpha_flow are weighted by themselves, to the power
 .75. A network that knows the map to the data alone draws in several steps by going back to noisier
@@ -28,6 +30,7 @@ from fmjax import flow_maps
 PATH = fm.cond_ot()
 LOWEST_ALPHA = 0.01
 POWERS = 7  # of two, from 2^0 to 2^-6: the shortcut's horizons
+STAGES = 5  # of consistency's pairs
 
 
 class Drawn(NamedTuple):
@@ -120,9 +123,10 @@ def _dyadic_pairs(key: jax.Array, shape: tuple[int, ...], progress: jax.Array) -
 
 
 def _consistency_pairs(key: jax.Array, shape: tuple[int, ...], progress: jax.Array) -> Any:
-    """ECT's times, and the next ones: 8 stages, each nearer."""
+    """ECT's times, and the next ones, nearer by each stage."""
     t = flow_maps.ect_times()(key, shape)
-    return flow_maps.TimePair(t, flow_maps.ect_next(t, jnp.floor(8 * progress)))
+    stage = jnp.minimum(jnp.floor(STAGES * progress), STAGES - 1)
+    return flow_maps.TimePair(t, flow_maps.ect_next(t, stage))
 
 
 def _flow_matching(average_velocity, drawn, progress):
@@ -158,9 +162,13 @@ def _alpha_flow(average_velocity, drawn, progress):
 
 def _shortcut(average_velocity, drawn, progress):
     del progress
-    return flow_maps.alpha_flow_loss(
-        average_velocity, path_sample(drawn), drawn.s, 0.5, first=average_velocity
-    )
+
+    def trained(t, s, x):
+        """No example trains a horizon below the shortest."""
+        return average_velocity(t, jnp.where(s - t < 2.0 ** (0.5 - POWERS), t, s), x)
+
+    loss = flow_maps.alpha_flow_loss(trained, path_sample(drawn), drawn.s, 0.5, first=trained)
+    return jnp.where(drawn.s > drawn.t, 0.5, 1.0) * loss  # where s > t it is twice the shortcut's
 
 
 def _terminal_velocity(average_velocity, drawn, progress):
@@ -173,7 +181,8 @@ def _terminal_velocity(average_velocity, drawn, progress):
 def _consistency(average_velocity, drawn, progress):
     del progress
     loss = flow_maps.consistency_loss(average_velocity, PATH, drawn.x0, drawn.x1, drawn.t, drawn.s)
-    return flow_maps.ect_weight(drawn.t) * loss
+    # The distance itself, whose gradient does not fall as the times draw nearer.
+    return flow_maps.ect_weight(drawn.t) * flow_maps.adaptive_weight(loss, power=0.5, epsilon=1e-12)
 
 
 METHODS = {

@@ -86,6 +86,11 @@ def make_task(config: FlowMapConfig) -> Task:
         raise ValueError(
             f"An average velocity needs a network with a horizon; got none. Give --{flags}.horizon."
         )
+    if METHODS[config.method].anneals and config.accumulate > 1:
+        raise ValueError(
+            f"--accumulate needs a loss that is the same at every step; got {config.accumulate} "
+            f"with --method {config.method}. Take another method or a smaller --batch-size."
+        )
     pictures = images.open_images(config)
     model = images.make_network(config, pictures.num_classes)
     method, tx = METHODS[config.method], harness.optimizer(config)
@@ -110,6 +115,8 @@ def make_task(config: FlowMapConfig) -> Task:
     init, constant = at(jnp.zeros(()))
     step = annealed if method.anneals else constant
     task = images.make_task(config, pictures, model, init, step)
+    if method.anneals:  # a held-out loss is taken as at step 0, which would be another loss
+        task = task._replace(num_held_out=0, held_out=None)
     return with_few_steps(task, pictures, functools.partial(draw_in_few_steps, method, model))
 
 

@@ -2,9 +2,9 @@
 
 Pair k is (x0_k, x1_k): noise of the run's own source under the seed and k, and where the teacher's
 flow carries it under the k-th condition, by Tsit5 at a tolerance. The pairs are in the teacher's
-folder, batch by batch, in a store named after the digest of the teacher's parameters, the seed and
-the tolerance: a start after a kill computes what is missing, and several students share them. The
-processes of a pod share the work. Training reads them into memory.
+folder, batch by batch, in a store named after the digest of the teacher's parameters, the seed, the
+tolerance and the batch size: a start after a kill computes what is missing, and several students
+share them. The processes of a pod share the work. Training reads them into memory.
 """
 
 import dataclasses

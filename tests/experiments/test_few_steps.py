@@ -6,6 +6,7 @@ import pytest
 
 from experiments import few_steps, few_steps_report
 from experiments.benchmarks import flow_map_step
+from fmjax.harness.store import keep_settings
 
 CONFIG = {"dataset": "digits", "minutes": 2.0, "num_samples": 500, "num_pairs": 64}
 
@@ -57,6 +58,13 @@ def test_solvers_run_at_the_counts_that_they_know():
     assert [n for n in names if n.startswith("Midpoint")] == [f"Midpoint, {n}" for n in (2, 4, 8)]
     assert [n for n in names if n.startswith("Tsit5")] == ["Tsit5, 7", "Tsit5, 13"]
     assert list(few_steps.ways(few_steps.Config(), "shortcut")) == ["1", "2", "4", "8", "adaptive"]
+
+
+def test_a_folder_holds_trainings_of_one_kind(tmp_path):
+    for _ in range(2):
+        keep_settings(tmp_path / "runs", {"minutes": 2.0, "seeds": (0, 1)})
+    with pytest.raises(ValueError, match="2.0.*got.*'minutes': 3.0.*--workdir"):
+        keep_settings(tmp_path / "runs", {"minutes": 3.0, "seeds": (0, 1)})
 
 
 def test_unknown_methods_are_refused():

@@ -124,7 +124,7 @@ def test_a_horizon_is_one_for_all_or_one_each_and_none_is_zero():
     np.testing.assert_allclose(none[0], each[0], atol=1e-12)
     assert relative(none[1], each[1]) > 1e-3
     without = MODEL.clone(horizon=False)
-    with pytest.raises(ValueError, match=r"a horizon needs .*\(3,\) and horizon=False"):
+    with pytest.raises(ValueError, match=r"horizon needs .*\(3,\) and horizon=False"):
         jax.eval_shape(lambda p: without.apply(p, t, x, LABELS, horizon=h), params)
     with pytest.raises(ValueError, match="a prefix of the shape of x"):
         jax.eval_shape(lambda p: MODEL.apply(p, t, x, LABELS, horizon=h[:2]), params)

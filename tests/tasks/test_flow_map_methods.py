@@ -68,6 +68,37 @@ def test_shortcuts_are_dyadic():
 def test_consistency_pairs_draw_nearer():
     gaps = [np.mean(np.subtract(*pairs_of("consistency", progress)[::-1])) for progress in (0, 1)]
     assert 0 < gaps[1] < gaps[0] / 4
+    np.testing.assert_array_equal(pairs_of("consistency", 0.85), pairs_of("consistency", 1.0))
+
+
+def test_consistency_does_not_stand_still_as_pairs_draw_nearer():
+    """The gradient of a squared distance would be 4^4 times smaller in the last stage."""
+
+    def mean(scale, drawn, progress):
+        def network(t, s, x):
+            return scale * jnp.sin(x + 3 * t[:, None])
+
+        return jnp.mean(METHODS["consistency"].loss(network, drawn, progress))
+
+    sizes = []
+    for progress in (0.0, 1.0):
+        t, s = (jnp.asarray(a[:4096]) for a in pairs_of("consistency", progress))
+        gradient = jit(jax.grad(mean))(1.0, of_a_gaussian()._replace(t=t, s=s), progress)
+        sizes.append(abs(float(gradient)))
+    assert sizes[1] > 0.1 * sizes[0], sizes
+
+
+def test_shortcuts_ask_of_no_horizon_that_is_not_trained():
+    drawn, asked = of_a_gaussian(name="shortcut"), []
+
+    def network(t, s, x):
+        jax.debug.callback(lambda h: asked.append(np.asarray(h)), s - t)
+        return x
+
+    jit(lambda: METHODS["shortcut"].loss(network, drawn, jnp.zeros(())))()
+    jax.effects_barrier()
+    found = np.unique(np.round(np.concatenate(asked), 5))
+    np.testing.assert_allclose(found, [0.0, *np.round(0.5 ** np.arange(6, -1, -1), 5)])
 
 
 def test_alpha_falls():
@@ -166,6 +197,14 @@ def test_a_network_without_a_horizon_is_refused():
     flat = dataclasses.replace(TINY, horizon=False)
     with pytest.raises(ValueError, match="Give --model.horizon"):
         flow_map.make_task(flow_map.Config(model=flat))
+
+
+def test_what_needs_one_loss_for_all_steps_is_refused_or_left_out():
+    config = flow_map.Config(method="alpha_flow", **SMALL)
+    assert flow_map.make_task(config).num_held_out == 0
+    assert flow_map.make_task(dataclasses.replace(config, method="mean_flow")).num_held_out > 0
+    with pytest.raises(ValueError, match="got 2 with --method alpha_flow"):
+        flow_map.make_task(dataclasses.replace(config, accumulate=2))
 
 
 @pytest.mark.slow

@@ -96,6 +96,8 @@ def test_a_solver_fitted_to_a_run(folder):
     rms = record["unseen_rms"]
     assert list(rms) == ["learnt, 2", "Euler, 2", "Midpoint, 2", "Heun, 2", "Tsit5, 7"]
     assert rms["learnt, 2"] < 0.5 * min(rms[name] for name in list(rms)[1:4])
+    one = learned_solver.main(dataclasses.replace(flags, evaluations=1))["unseen_rms"]
+    assert list(one) == ["learnt, 1", "Euler, 1", "Tsit5, 7"] and one["learnt, 1"] < one["Euler, 1"]
     trained = read(folder)
     solver = learned_solver.read_solver(folder, trained, 2)
     x0, labels = jax.random.normal(jax.random.key(9), (24, 2)), jnp.arange(24) % 3
@@ -112,4 +114,6 @@ def test_a_solver_fitted_to_a_run(folder):
 
 def test_too_few_pairs_for_the_first_fit():
     with pytest.raises(ValueError, match="--num-first must be at most half"):
-        learned_solver.main(learned_solver.Config(run=NOWHERE, num_pairs=8, num_held_out=2))
+        learned_solver.main(learned_solver.Config(run=NOWHERE, num_pairs=30, num_held_out=2))
+    with pytest.raises(ValueError, match="10 evaluations wants --num-pairs of 37 or more"):
+        learned_solver.main(learned_solver.Config(run=NOWHERE, evaluations=10, num_pairs=36))
