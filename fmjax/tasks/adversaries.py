@@ -26,7 +26,8 @@ from fmjax.harness.read import restore_params
 from fmjax.harness.task import Task
 from fmjax.tasks import images
 from fmjax.tasks.flow_map_methods import METHODS, Drawn
-from fmjax.tasks.flow_maps import FlowMapConfig, average_velocity_of, draw, with_few_steps
+from fmjax.tasks.flow_maps import FlowMapConfig, draw, draw_in_few_steps, with_few_steps
+from fmjax.training.checkpoints import steps_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,8 @@ def make_task(config: AdversaryConfig) -> Task:
     method, start = METHODS[config.method], jnp.zeros(())
 
     init_generator = functools.partial(images.init_params, model, pictures.event_shape)
-    begun = None  # with parameters that were trained; a finished run has its own
-    if config.generator is not None and config.known is None:
+    begun = None
+    if config.generator is not None and not _has_begun(config):
         example = jax.eval_shape(init_generator, jax.random.key(0))
         begun = restore_params(places.as_path(config.generator), example)[0]
 
@@ -131,7 +132,15 @@ def make_task(config: AdversaryConfig) -> Task:
     tx = harness.skip_not_finite(tx, config.max_skipped_steps)
     init, step = harness.from_loss(drawn, loss, tx, init_params, ema_decay=config.ema_decay)
     task = images.make_task(config, pictures, model, init, step, velocity_of=velocity_of)
-    return with_few_steps(task, pictures, functools.partial(generate, model))
+    few = functools.partial(draw_in_few_steps, METHODS["mean_flow"], model)
+    return with_few_steps(task, pictures, lambda params, *given: few(params["generator"], *given))
+
+
+def _has_begun(config: AdversaryConfig) -> bool:
+    """Whether the run has parameters of its own: it is finished, or resumes from a checkpoint."""
+    if config.known is not None:
+        return True
+    return config.workdir is not None and bool(steps_in(config.folder / "checkpoints"))
 
 
 def _adversarial(
@@ -152,17 +161,3 @@ def _adversarial(
 def velocity_of(model: models.UNet | models.DiT, params: Any, labels: Any = None) -> Any:
     """The velocity of the generator's network."""
     return images.velocity_of(model, params["generator"], labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def generate(
-    model: models.UNet | models.DiT,
-    params: Any,
-    key: jax.Array,
-    x0: jax.Array,
-    labels: Any,
-    num_steps: int,
-) -> jax.Array:
-    """Samples `[num, *event]` in `num_steps` equal steps."""
-    average = average_velocity_of(model, params["generator"], labels)
-    return METHODS["mean_flow"].sample(key, average, x0, num_steps)

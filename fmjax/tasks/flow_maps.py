@@ -153,11 +153,11 @@ def _finish(
     if not config.num_samples:
         return figures
     say(f"Drawing in {', '.join(map(str, FEW))} steps ...")
-    num, key_x0 = 10 if config.conditional else 16, jax.random.split(key)[0]
+    num, (key_x0, key_way) = 10 if config.conditional else 16, jax.random.split(key)
     labels = np.arange(num, dtype=np.int32) % pictures.num_classes if config.conditional else None
     x0 = np.asarray(jax.random.normal(key_x0, (num, *pictures.event_shape)))
     given = jax.tree.map(lambda x: sharding.spread(x, mesh(config)), (x0, labels))
-    rows = [sharding.gathered(few(trained.params, key_x0, *given, n)) for n in FEW]
+    rows = [sharding.gathered(few(trained.params, key_way, *given, n)) for n in FEW]
     path = folder / "samples" / f"few_steps_{trained.step:08d}.png"
     if cluster.is_main():
         drawn = np.asarray(pixels.quantize(jnp.concatenate(rows), pictures.num_levels))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +269,10 @@ def test_an_adversary_begins_with_a_flow_map_and_draws(tmp_path):
     config = dataclasses.replace(config, workdir=tmp_path / "run", num_samples=10)
     summary = train(config, adversary.make_task)
     assert (tmp_path / "run" / summary["few_steps"]).exists()
+    shutil.rmtree(tmp_path / "flow")  # a run that has begun needs it no more
+    train(dataclasses.replace(config, num_steps=4, num_samples=0), adversary.make_task)
     trained = read(config.folder)
+    assert trained.step == 4
     u = trained.velocity(trained.params, jnp.arange(2))(jnp.array(0.5), jnp.ones((2, 8, 8, 1)))
     own = network_of(trained).apply(
         trained.params["generator"], jnp.array(0.5), jnp.ones((2, 8, 8, 1)), jnp.arange(2)
