@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import few_steps, flow_map
+from experiments import flow_map
+from experiments.few_steps_runs import MODELS
 from fmjax.harness import command
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.start import say
@@ -51,7 +52,7 @@ def compiled(config: Config, network: str, kernels: Any, method: Any) -> tuple[A
         kernels=kernels,
         batch_size=config.batch_size,
         dataset=dataset,
-        model=few_steps.MODELS[dataset],
+        model=MODELS[dataset],
     )
     task = flow_map.make_task(run)
     batch = jax.tree.map(jnp.asarray, task.batch(np.arange(config.batch_size)))

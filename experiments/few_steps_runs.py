@@ -1,0 +1,140 @@
+"""What `experiments.few_steps` trains: one flow, and every method from it for the same time.
+
+A `config` is a `few_steps.Config`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from experiments import adversary, flow_map, learned_solver, reflow
+from fmjax.harness import train
+from fmjax.harness.read import read
+from fmjax.harness.records import write_json
+from fmjax.harness.start import say
+from fmjax.harness.task import Trained
+from fmjax.tasks import images, pairs
+from fmjax.tasks.flow_map_methods import METHODS
+
+MODELS = {
+    "digits": flow_map.Config.model,
+    "fashion_mnist": images.UNetConfig(
+        channels=16,
+        channel_multipliers=(1, 2, 4),
+        attention_resolutions=(7,),
+        head_channels=32,
+        horizon=True,
+        time_scale=16.0,
+    ),
+}
+MODULES: dict[str, Any] = {"reflow": reflow, "adversary": adversary}
+METHOD = {"flow": "flow_matching", "longer": "flow_matching"}
+ALL = (*(name for name in METHODS if name != "flow_matching"), *MODULES)
+
+
+def run_config(config: Any, name: str, seed: int, num_steps: int) -> Any:
+    """The flags of one training."""
+    flow = None if name == "flow" else epath.Path(folder(config, "flow", seed))
+    shared: dict[str, Any] = {
+        "workdir": epath.Path(folder(config, name, seed)),
+        "seed": seed,
+        "num_steps": num_steps,
+        "decay_steps": num_steps,
+        "warmup_steps": min(100, num_steps // 4),
+        "checkpoint_every": 100,
+    }
+    if name == "reflow":
+        return reflow.Config(teacher=flow, num_pairs=config.num_pairs, **shared)
+    shared |= {"dataset": config.dataset, "model": MODELS[config.dataset], "preview_every": 0}
+    shared |= {"num_samples": 0, "eval_examples": 0}
+    if name == "adversary":
+        return adversary.Config(generator=flow, **shared)
+    rates = {"learning_rate": 2e-3} if name == "flow" else {}
+    method: Any = METHOD.get(name, name)
+    anneal = max(1, num_steps * 3 // 4)
+    return flow_map.Config(method=method, init_from=flow, anneal_steps=anneal, **rates, **shared)
+
+
+def folder(config: Any, name: str, seed: int) -> pathlib.Path:
+    return config.workdir / f"{name}_s{seed}"
+
+
+def step_seconds(config: Any, name: str, repetitions: int = 15) -> float:
+    """What a training step takes: flow matching's, times what it was against that in turn.
+
+    Measured once and kept; reflow's when its teacher is trained.
+    """
+    path = config.workdir / "step_seconds.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    name = METHOD.get(name, name)
+    if name in known:
+        return known[name]
+    others = [other for other in config.methods if other != "reflow" and other not in known]
+    names = dict.fromkeys(["flow_matching", *(others if name != "reflow" else [name])])
+    say(f"Timing the training steps of {', '.join(names)} ...")
+    steps = {other: _step(config, other) for other in names}
+    times: dict[str, list[float]] = {other: [] for other in names}
+    for _ in range(1 + repetitions):
+        for other, step in steps.items():
+            began = time.perf_counter()
+            jax.block_until_ready(step())
+            times[other].append(time.perf_counter() - began)
+    median = {other: float(np.median(found[1:])) for other, found in times.items()}
+    base = known.get("flow_matching", median["flow_matching"])
+    known |= {other: base * median[other] / median["flow_matching"] for other in names}
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, known)
+    return known[name]
+
+
+def _step(config: Any, name: str) -> Callable[[], Any]:
+    """One training step, of a new network."""
+    run = run_config(config, name, config.seeds[0], 1000)
+    if name != "reflow":
+        run = dataclasses.replace(run, init_from=None)
+    if name == "adversary":
+        run = dataclasses.replace(run, generator=None)
+    task = MODULES.get(name, flow_map).make_task(run)
+    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
+    return functools.partial(
+        jax.jit(task.step), task.init(jax.random.key(0)), jax.random.key(1), batch
+    )
+
+
+def trained(config: Any, name: str, seed: int) -> Trained:
+    """One training, for so many steps as take the time that was asked for."""
+    place = folder(config, name, seed)
+    if not (place / "summary.json").exists():
+        left = 60 * config.minutes - (_pair_seconds(config, seed) if name == "reflow" else 0.0)
+        num_steps = max(1, round(left / step_seconds(config, name)))
+        say(f"Training {name}, seed {seed}: {num_steps} steps ...")
+        train(run_config(config, name, seed, num_steps), MODULES.get(name, flow_map).make_task)
+    return read(epath.Path(place))
+
+
+def _pair_seconds(config: Any, seed: int) -> float:
+    """What the pairs of a flow took, on the clock."""
+    path = config.workdir / f"pair_seconds_s{seed}.json"
+    if not path.exists():
+        began = time.perf_counter()
+        pairs.TeacherPairs(run_config(config, "reflow", seed, 1000))
+        write_json(path, time.perf_counter() - began)
+    return json.loads(path.read_text())
+
+
+def learned(config: Any, seed: int, num_steps: int) -> Any:
+    """The solver of so many evaluations of a flow, fitted once; and what its fit took."""
+    place = epath.Path(folder(config, "flow", seed))
+    path = place / f"learned_solver_{num_steps}.json"
+    if not path.exists():
+        learned_solver.main(learned_solver.Config(run=place, evaluations=num_steps))
+    return learned_solver.read_solver(place, read(place), num_steps)
