@@ -10,7 +10,8 @@ coordinate to the exact end points on noise that the fit has not seen, beside Eu
 Heun at as many evaluations and Tsit5 at the next count that it knows (6 a step and one), and by
 what factor the learnt one is closer.
 
-The solver is RUN/learned_solver_8.json; `read_solver` reads it for the parameters it was fitted to.
+The pairs are kept in RUN/pairs, for other numbers of evaluations too. The solver is
+RUN/learned_solver_8.json; `read_solver` reads it for the parameters it was fitted to.
 """
 
 import dataclasses
@@ -27,11 +28,12 @@ from etils import epath
 
 from fmjax import flow_maps, harness
 from fmjax.evaluation.drawing import Way, make_solve
-from fmjax.harness import command, keys, places
+from fmjax.harness import command, places
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.share import put
+from fmjax.tasks import pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,16 @@ def main(config: Config) -> dict[str, Any]:
     trained = read(folder, average=config.average, guidance=config.guidance)
     num_fit = config.num_pairs + config.num_held_out
     num = num_fit + config.num_unseen
-    x0 = np.asarray(trained.source.sample(keys.key(config.seed, "pairs"), num))
-    condition = trained.condition(np.arange(num))
-    x1 = exact_ends(config, trained, x0, condition)
+    found = pairs.make_pairs(
+        folder,
+        trained,
+        num,
+        seed=config.seed,
+        tolerance=config.tolerance,
+        batch_size=config.batch_size,
+    )
     known, unseen = (
-        jax.tree.map(lambda x, rows=rows: x[rows], (x0, x1, condition))
+        jax.tree.map(lambda x, rows=rows: x[rows], tuple(found))
         for rows in (slice(num_fit), slice(num_fit, None))
     )
     began = time.perf_counter()
@@ -156,19 +163,6 @@ def read_solver(
     return solver
 
 
-def exact_ends(
-    config: Config, trained: harness.Trained, x0: np.ndarray, condition: Any
-) -> np.ndarray:
-    """The end points of an exact solve from every noise."""
-    solve, way = make_solve(trained), Way("Tsit5", tolerance=config.tolerance)
-    found, size = [], min(config.batch_size, len(x0))
-    for begin in range(0, len(x0), size):
-        rows = np.arange(begin, begin + size) % len(x0)  # a short last batch is filled up
-        given = put(jax.tree.map(lambda x, rows=rows: x[rows], (x0, condition)))
-        found.append(np.asarray(solve(way, *given)[0]))
-    return np.concatenate(found)[: len(x0)]
-
-
 def fit(
     config: Config, trained: harness.Trained, x0: np.ndarray, x1: np.ndarray, condition: Any
 ) -> tuple[flow_maps.FittedSolver, str]:
@@ -179,8 +173,8 @@ def fit(
         starts["Midpoint"] = flow_maps.from_midpoint(n)
 
     @functools.partial(jax.jit, static_argnames=("num_steps", "num_held_out"))
-    def fit_from(params: Any, solver: Any, pairs: Any, **options: int) -> Any:
-        x0, x1, condition = pairs
+    def fit_from(params: Any, solver: Any, known: Any, **options: int) -> Any:
+        x0, x1, condition = known
         velocity = trained.guided(params, condition)
         return flow_maps.fit_solver(
             velocity, solver, x0, x1, num_projections=config.projections, **options

@@ -2,12 +2,13 @@
 
 Pair k is (x0_k, x1_k): noise of the run's own source under the seed and k, and where the teacher's
 flow carries it under the k-th condition, by Tsit5 at a tolerance. The pairs are in the teacher's
-folder, batch by batch, in a store named after the digest of the teacher's parameters, the seed, the
-tolerance and the batch size: a start after a kill computes what is missing, and several students
-share them. The processes of a pod share the work. Training reads them into memory.
+folder, batch by batch, in a store named after the digest of the teacher's parameters, its guidance,
+the seed, the tolerance and the batch size: a start after a kill computes what is missing, and
+several students share them. The processes of a pod share the work. Training reads them into memory.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from fmjax.harness.share import Batch, put, solve
 from fmjax.harness.start import say
 from fmjax.harness.store import Arrays, Store
 from fmjax.harness.task import Task, Trained
+from fmjax.sources import Source
 from fmjax.tasks.facts import known_or
 
 _FACTS = frozenset({"teacher", "num_examples", "seed", "tolerance"})
@@ -83,7 +85,14 @@ class TeacherPairs:
         if config.known is None:
             teacher = self.trained()
             self.facts = _facts(config, teacher)
-            self._pairs = make_pairs(self.folder, teacher, config)
+            self._pairs = make_pairs(
+                self.folder,
+                teacher,
+                config.num_pairs,
+                seed=config.seed,
+                tolerance=config.pair_tolerance,
+                batch_size=config.pair_batch_size,
+            )
         else:
             self.facts = known_or(config.known, _FACTS, dict)
 
@@ -131,55 +140,63 @@ def _facts(config: PairsConfig, teacher: Trained) -> dict[str, Any]:
     }
 
 
-def make_pairs(folder: places.Folder, teacher: Trained, config: PairsConfig) -> PairBatch:
-    """The first `num_pairs` pairs of a teacher, each batch read where it is stored, else computed.
+def make_pairs(
+    folder: places.Folder,
+    teacher: Trained,
+    num: int,
+    *,
+    seed: int,
+    tolerance: float,
+    batch_size: int,
+) -> PairBatch:
+    """The first `num` pairs of a teacher, each batch read where it is stored, else computed.
 
     Args:
       folder: the teacher's run folder, in which they are kept.
-      teacher: the teacher, with its parameters.
-      config: number, seed, tolerance and batch size.
+      teacher: the teacher, with its parameters and its guidance.
+      num: of pairs.
+      seed: of the noise.
+      tolerance: of Tsit5.
+      batch_size: pairs per solve, over all devices of a process.
 
     Returns:
-      `PairBatch(x0, x1, condition)`, host arrays `[num_pairs, ...]`.
+      `PairBatch(x0, x1, condition)`, host arrays `[num, ...]`.
     """
-    size = config.pair_batch_size
     settings = {
         "parameters": teacher.digest,
-        "seed": config.seed,
-        "tolerance": config.pair_tolerance,
-        "size": size,
+        "guidance": teacher.guidance,
+        "seed": seed,
+        "tolerance": tolerance,
+        "size": batch_size,
     }
     with places.at_hand(folder / "pairs") as here:
         store = Store(here, "pairs", settings)
-        batches = _batches(teacher, config, store)
+        batch = functools.partial(_batch, teacher, drawing.make_solve(teacher), store, settings)
+        batches = [batch(i) for i in range(-(-num // batch_size))]
         if not all(batch.store.has(batch.name) for batch in batches):
-            say(f"{config.num_pairs} pairs of {folder} ...")
+            say(f"{num} pairs of {folder} ...")
         solve(batches, "pairs")
         found = [batch.get() for batch in batches]
-    x0, x1 = (
-        np.concatenate([batch[k] for batch in found])[: config.num_pairs] for k in ("x0", "x1")
-    )
-    return PairBatch(x0, x1, teacher.condition(np.arange(config.num_pairs)))
+    x0, x1 = (np.concatenate([batch[k] for batch in found])[:num] for k in ("x0", "x1"))
+    return PairBatch(x0, x1, teacher.condition(np.arange(num)))
 
 
-def _batches(teacher: Trained, config: PairsConfig, store: Store) -> list[Batch]:
-    way = drawing.Way("Tsit5", tolerance=config.pair_tolerance)
-    integrate, size = drawing.make_solve(teacher), config.pair_batch_size
+def _batch(
+    teacher: Trained, integrate: drawing.Solve, store: Store, settings: dict[str, Any], i: int
+) -> Batch:
+    """The i-th batch, to be computed where it is not stored."""
 
-    @jax.jit
-    def noise(key: jax.Array, rows: jax.Array) -> jax.Array:
-        def one(row: jax.Array) -> jax.Array:
-            return teacher.source.sample(jax.random.fold_in(key, row), 1)[0]
+    def compute() -> Arrays:
+        rows = np.arange(i * settings["size"], (i + 1) * settings["size"])
+        x0 = np.asarray(_noise(teacher.source, keys.key(settings["seed"], "pairs"), rows))
+        way = drawing.Way("Tsit5", tolerance=settings["tolerance"])
+        x1, evaluations = integrate(way, *put((x0, teacher.condition(rows))))
+        return dict(x0=x0, x1=np.asarray(x1), num_evaluations=np.asarray(evaluations))
 
-        return jax.vmap(one)(rows)
+    return Batch(store, f"batch_{i:06d}", compute, "pairs")
 
-    def batch(i: int) -> Batch:
-        def compute() -> Arrays:
-            rows = np.arange(i * size, (i + 1) * size)
-            x0 = np.asarray(noise(keys.key(config.seed, "pairs"), rows))
-            x1, evaluations = integrate(way, *put((x0, teacher.condition(rows))))
-            return dict(x0=x0, x1=np.asarray(x1), num_evaluations=np.asarray(evaluations))
 
-        return Batch(store, f"batch_{i:06d}", compute, "pairs")
-
-    return [batch(i) for i in range(-(-config.num_pairs // size))]
+@functools.partial(jax.jit, static_argnums=0)
+def _noise(source: Source, key: jax.Array, rows: jax.Array) -> jax.Array:
+    """The noise of the pairs of these numbers, each by itself."""
+    return jax.vmap(lambda row: source.sample(jax.random.fold_in(key, row), 1)[0])(rows)

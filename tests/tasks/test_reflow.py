@@ -96,7 +96,9 @@ def test_a_solver_fitted_to_a_run(folder):
     rms = record["unseen_rms"]
     assert list(rms) == ["learnt, 2", "Euler, 2", "Midpoint, 2", "Heun, 2", "Tsit5, 7"]
     assert rms["learnt, 2"] < 0.5 * min(rms[name] for name in list(rms)[1:4])
+    made = num_computed(folder / "pairs")
     one = learned_solver.main(dataclasses.replace(flags, evaluations=1))["unseen_rms"]
+    assert made and num_computed(folder / "pairs") == made  # the pairs are the same
     assert list(one) == ["learnt, 1", "Euler, 1", "Tsit5, 7"] and one["learnt, 1"] < one["Euler, 1"]
     trained = read(folder)
     solver = learned_solver.read_solver(folder, trained, 2)
