@@ -193,6 +193,10 @@ def main(config: Config) -> dict[str, Any]:
     check_seeds("seeds", config.seeds)
     if unknown := set(config.methods) - set(ALL):
         raise ValueError(f"--methods must be of {', '.join(ALL)}; got {unknown.pop()}.")
+    known = None
+    if config.record is not None and config.record.exists():
+        known = json.loads(config.record.read_text())
+        few_steps_report.check_kind(known, config)
     kind = {name: getattr(config, name) for name in ("dataset", "minutes", "num_pairs")}
     keep_settings(config.workdir, kind)
     models: dict[str, list[Trained]] = {}
@@ -206,8 +210,7 @@ def main(config: Config) -> dict[str, Any]:
     record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)
     if config.record is not None:
-        if config.record.exists():
-            record = few_steps_report.merged(json.loads(config.record.read_text()), record)
+        record = record if known is None else few_steps_report.merged(known, record)
         write_json(config.record, record)
     print(few_steps_report.table(record))
     return record

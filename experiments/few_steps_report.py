@@ -30,21 +30,35 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A record with the seeds of an older one that it has not, where both were made alike.
+ASKED = ("dataset", "minutes", "num_samples", "num_pairs")  # what makes a record of one kind
+
+
+def check_kind(record: dict[str, Any], config: Any) -> None:
+    """Refuses flags whose figures a record can't take.
 
     Raises:
-      ValueError: for figures of another data set, time, number of samples or judge.
+      ValueError: naming what the record is of, and the flags.
     """
-    asked = ("dataset", "minutes", "num_samples", "num_pairs")
-    same = [{name: record["config"][name] for name in asked} for record in (old, new)]
-    same = [
-        kept | {"encoder": r["judge"]["encoder"]} for kept, r in zip(same, (old, new), strict=True)
-    ]
-    if same[0] != same[1]:
+    known = {name: record["config"][name] for name in ASKED}
+    got = {name: getattr(config, name) for name in ASKED}
+    if known != got:
         raise ValueError(
-            f"A record takes more seeds of one kind; got {same[0]} and {same[1]}. Name another "
-            "file by --record."
+            f"A record takes more seeds of its own kind, {known}; got {got}. Name another file by "
+            "--record."
+        )
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with the seeds of an older one of its kind that it has not.
+
+    Raises:
+      ValueError: for figures under another encoder.
+    """
+    encoders = old["judge"]["encoder"], new["judge"]["encoder"]
+    if encoders[0] != encoders[1]:
+        raise ValueError(
+            f"A record is under one encoder, {encoders[0]}; got {encoders[1]}. Name another file "
+            "by --record."
         )
     rows = {(row["training"], row["way"]): row for row in new["samples"]}
     before = {(row["training"], row["way"]): row for row in old["samples"]}

@@ -1,6 +1,7 @@
 """The record of few steps: seeds that are added, and its table."""
 
 import copy
+import json
 
 import pytest
 
@@ -36,9 +37,17 @@ def test_a_record_gains_seeds_and_newer_figures_count():
     flow, longer = both["samples"]
     assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
     assert longer == kept["samples"][1] and both["real"]["seeds"] == [0, 1, 2] and old == kept
-    other = new | {"config": CONFIG | {"minutes": 3.0}}
-    with pytest.raises(ValueError, match="seeds of one kind.*2.0.*3.0.*--record"):
-        few_steps_report.merged(old, other)
+    with pytest.raises(ValueError, match="under one encoder, e; got f.*--record"):
+        few_steps_report.merged(old, new | {"judge": {"encoder": "f"}})
+
+
+def test_a_record_of_another_kind_is_refused_before_anything_is_trained(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record([0], row("flow", "Euler, 2", [0], [1.0]))))
+    config = few_steps.Config(workdir=tmp_path / "runs", minutes=3.0, record=path)
+    with pytest.raises(ValueError, match="of its own kind.*2.0.*got.*3.0.*--record"):
+        few_steps.main(config)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_table_has_the_mean_and_spread_of_seeds_or_the_error_of_one():
