@@ -31,6 +31,21 @@ def apply(model, *args) -> Any:
     return model.apply(*args)
 
 
+def test_the_class_enters_by_its_product_with_the_features():
+    """A class whose embedding is w says w f(x) once more, of each image."""
+    model, params, x = setup()
+    tree = params["params"]
+    (last,) = (
+        tree[name] for name in tree if name.startswith("Dense") and tree[name]["bias"].size == 1
+    )
+    rows = {"embedding": jnp.tile(last["kernel"].T, (4, 1)).at[1].set(0.0)}
+    compiled = jit(model.apply)
+    known = compiled({"params": tree | {"label": rows}}, x, jnp.zeros(3, int))
+    none = compiled({"params": tree | {"label": rows}}, x, jnp.ones(3, int))
+    np.testing.assert_allclose(known - none, none - last["bias"], rtol=1e-5)
+    assert np.std(known - none) > 0.01
+
+
 @pytest.mark.slow
 def test_examples_are_apart_and_jit_changes_nothing():
     model, params, x = setup()
