@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from made_runs import losses
 from oracles import gaussian_average_velocity, jit
 from oracles import x64 as x64
 
@@ -278,6 +279,21 @@ def test_an_adversary_begins_with_a_flow_map_and_draws(tmp_path):
         trained.params["generator"], jnp.array(0.5), jnp.ones((2, 8, 8, 1)), jnp.arange(2)
     )
     np.testing.assert_allclose(u, own, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [flow_map, adversary])
+def test_four_devices_that_share_the_state_train_as_one(tmp_path, module):
+    optimizer = "muon" if module is flow_map else "adam"
+    config = module.Config(**SMALL | {"num_steps": 3}, optimizer=optimizer)
+    found = []
+    for number in (1, 4):
+        folder = tmp_path / str(number)
+        flags = {"workdir": folder, "num_devices": number, "fsdp": number, "checkpoint_every": 3}
+        train(dataclasses.replace(config, **flags), module.make_task)
+        found.append(losses(folder))
+    assert len(found[0]) == 3
+    np.testing.assert_allclose(*found, rtol=2e-5)  # sums are taken in another order
 
 
 @pytest.mark.parametrize(
