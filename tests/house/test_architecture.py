@@ -56,6 +56,7 @@ ARROWS = {
         "metrics",
         "models",
         "plotting",
+        "sources",
         "training",
     },
     "cli": {"harness"},  # and by name the commands of evaluation and data
