@@ -43,7 +43,7 @@ from fmjax.tasks import flow_maps, images
 from fmjax.tasks.flow_map_methods import METHODS
 
 BATCH = 100  # samples per solve
-SHOWN = 10  # samples of a row in the picture
+SHOWN = 6  # samples of each way in the picture
 LEARNED = "learned solver, "
 Way = Callable[[Trained, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -177,12 +177,11 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
             row = {"training": name, "way": label, "seeds": list(config.seeds)}
             row |= {"evaluations": [float(found["evaluations"]) for found in drawn]}
             rows.append(row | judge.of_sets([(found["images"], labels) for found in drawn], BATCH))
-            shown.append(drawn[0]["images"][:SHOWN])
+            shown.append((name, label, drawn[0]["images"][:SHOWN]))
             say(few_steps_report.line(rows[-1]))
     real = pictures.train
     if config.picture is not None:
-        picture = plotting.grid(np.concatenate(shown), columns=SHOWN, num_levels=real.num_levels)
-        plotting.save(config.picture, picture)
+        plotting.save(config.picture, few_steps_report.picture(shown, real.num_levels))
     found = judge.of_sets(judging.real_sets(real, labels, len(config.seeds)), BATCH)
     found = {"seeds": list(config.seeds)} | found
     return {"samples": rows, "real": found, "judge": judge.record}

@@ -3,6 +3,12 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from fmjax import plotting
+from fmjax.plotting.pictures import render
+
+COLUMNS = 5  # of the picture: about 1, 2, 4 and 8 evaluations, and more
 
 
 def line(row: dict[str, Any]) -> str:
@@ -28,6 +34,48 @@ def table(record: dict[str, Any]) -> str:
     fd, accuracy = _quality(record["real"]).split(", accuracy ")
     lines.append(f"| real images | | | | {fd} | {accuracy} |")
     return "\n".join(lines) + "\n"
+
+
+def picture(shown: list[tuple[str, str, np.ndarray]], num_levels: int) -> np.ndarray:
+    """Images of every training and way, a row for each training and solver, more evaluations right.
+
+    Args:
+      shown: (training, way, pixel values `[num, height, width, channel]`), from the same noise.
+      num_levels: pixel values.
+
+    Returns:
+      A picture, uint8 `[height, width, 3]`.
+    """
+    rows: dict[tuple[str, str], dict[int, tuple[str, np.ndarray]]] = {}
+    for training, way, images in shown:
+        solver, _, count = way.rpartition(", ")
+        column = _column(count)
+        first = next((row for row in rows if row[0] == training), (training, solver))
+        if not solver and column not in rows.get(first, {}):
+            solver = first[1]  # the adaptive solve beside the counted ones
+        strip = plotting.grid(images, columns=len(images), num_levels=num_levels)
+        rows.setdefault((training, solver), {})[column] = count, strip
+    figure = Figure(figsize=(3 * COLUMNS, 0.72 * len(rows)), dpi=120, layout="constrained")
+    for axes, ((training, solver), cells) in zip(
+        figure.subplots(len(rows), COLUMNS, squeeze=False), rows.items(), strict=True
+    ):
+        for column, panel in enumerate(axes):
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+            if column in cells:
+                count, strip = cells[column]
+                panel.imshow(strip, interpolation="nearest")
+                panel.set_title(count, fontsize=7, pad=2)
+        name = f"{training}\n{solver}" if solver else training
+        axes[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    return render(figure)
+
+
+def _column(count: str) -> int:
+    """0 to 3 for the numbers up to 1, 2, 4 and 8; 4 for more of them, and for "adaptive"."""
+    if not count.isdigit():
+        return COLUMNS - 1
+    return int(np.searchsorted((1, 2, 4, 8), int(count)))
 
 
 ASKED = ("dataset", "minutes", "num_samples", "num_pairs")  # what makes a record of one kind

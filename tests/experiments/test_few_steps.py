@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from experiments import few_steps, few_steps_report
@@ -60,6 +61,21 @@ def test_the_table_has_the_mean_and_spread_of_seeds_or_the_error_of_one():
     assert lines[2] == "| flow | 1.00 | Euler, 2 | 2 | 1.500 ± 0.707 | 0.900 |"
     assert lines[3] == "| mean_flow | 1.25 | 2 | 2 | 7.000 ± 0.100 | 0.900 |"
     assert lines[4].startswith("| real images |")
+
+
+def test_the_picture_has_a_row_for_each_training_and_solver():
+    black = np.zeros((2, 8, 8, 1), np.int32)
+    ways = ("Euler, 1", "Euler, 16", "Tsit5, 7", "adaptive")
+    shown = [("flow", way, black) for way in ways] + [("mean_flow", way, black) for way in "12"]
+    picture = few_steps_report.picture(shown, 17)
+    dark = np.mean(picture, axis=2) < 64  # a strip's columns: more than half a row is black
+    cells = [np.mean(row, axis=0) > 0.5 for row in np.array_split(dark, 4)]
+    firsts = [np.flatnonzero(cell)[0] / picture.shape[1] for cell in cells]
+    lasts = [np.flatnonzero(cell)[-1] / picture.shape[1] for cell in cells]
+    left, middle, right = 0.1, 0.6, 0.85
+    assert [first < left for first in firsts] == [True, False, False, True]  # one evaluation
+    assert middle < firsts[1] and lasts[1] < right  # seven: as eight
+    assert [last > right for last in lasts] == [True, False, True, False]  # more, adaptive
 
 
 def test_solvers_run_at_the_counts_that_they_know():
