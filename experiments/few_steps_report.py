@@ -1,5 +1,6 @@
-"""What `experiments.few_steps` shows."""
+"""What `experiments.few_steps` shows: a table, a picture, and a record that gains seeds."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,32 +9,37 @@ from matplotlib.figure import Figure
 from fmjax import plotting
 from fmjax.plotting.pictures import render
 
-COLUMNS = 5  # of the picture: about 1, 2, 4 and 8 evaluations, and more
-
 
 def line(row: dict[str, Any]) -> str:
     """One row of the figures."""
-    count = np.mean(row["evaluations"])
-    return f"{row['training']} | {row['way']} | {count:.3g} | {_quality(row)}"
+    quality = f"{_cell(row, 'fd')}, accuracy {_cell(row, 'accuracy')}"
+    return f"{row['training']} | {row['way']} | {np.mean(row['evaluations']):.3g} | {quality}"
 
 
 def table(record: dict[str, Any]) -> str:
-    """Every training and way as Markdown; a step's cost is against flow matching's."""
-    base = record["step_seconds"]["flow"]
-    lines = [
-        "| training | a step | way | evaluations | FD | accuracy |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in record["samples"]:
-        cost = f"{record['step_seconds'][row['training']] / base:.2f}"
-        fd, accuracy = _quality(row).split(", accuracy ")
-        lines.append(
-            f"| {row['training']} | {cost} | {row['way']} | {np.mean(row['evaluations']):.3g} "
-            f"| {fd} | {accuracy} |"
-        )
-    fd, accuracy = _quality(record["real"]).split(", accuracy ")
-    lines.append(f"| real images | | | | {fd} | {accuracy} |")
-    return "\n".join(lines) + "\n"
+    """FD, then accuracy, of every training and solver by evaluations, as Markdown.
+
+    With the standard deviation over seeds, or of one seed the standard error. A step's cost is
+    against flow matching's.
+    """
+    times, real = record["step_seconds"], record["real"]
+    rows = _rows((row["training"], row["way"], row) for row in record["samples"])
+    lines = []
+    for name in ("fd", "accuracy"):
+        head = ["FD" if name == "fd" else "accuracy", "a step", *HEADS]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for (training, solver), cells in rows.items():
+            title = f"{training}, {solver}" if solver else training
+            found = [f"{times[training] / times['flow']:.2f}"]
+            for column, usual in enumerate(HEADS):
+                count, row = cells.get(column, ("", None))
+                if count == "adaptive":
+                    count = f"{np.mean(row['evaluations']):.3g}"
+                before = "" if count == usual else f"{count}: "
+                found.append("" if row is None else before + _cell(row, name))
+            lines.append(f"| {title} | {' | '.join(found)} |")
+        lines += [f"| real images | | {' | ' * (len(HEADS) - 1)}{_cell(real, name)} |", ""]
+    return "\n".join(lines)
 
 
 def picture(shown: list[tuple[str, str, np.ndarray]], num_levels: int) -> np.ndarray:
@@ -46,24 +52,17 @@ def picture(shown: list[tuple[str, str, np.ndarray]], num_levels: int) -> np.nda
     Returns:
       A picture, uint8 `[height, width, 3]`.
     """
-    rows: dict[tuple[str, str], dict[int, tuple[str, np.ndarray]]] = {}
-    for training, way, images in shown:
-        solver, _, count = way.rpartition(", ")
-        column = _column(count)
-        first = next((row for row in rows if row[0] == training), (training, solver))
-        if not solver and column not in rows.get(first, {}):
-            solver = first[1]  # the adaptive solve beside the counted ones
-        strip = plotting.grid(images, columns=len(images), num_levels=num_levels)
-        rows.setdefault((training, solver), {})[column] = count, strip
-    figure = Figure(figsize=(3 * COLUMNS, 0.72 * len(rows)), dpi=120, layout="constrained")
+    rows = _rows(shown)
+    figure = Figure(figsize=(3 * len(HEADS), 0.72 * len(rows)), dpi=120, layout="constrained")
     for axes, ((training, solver), cells) in zip(
-        figure.subplots(len(rows), COLUMNS, squeeze=False), rows.items(), strict=True
+        figure.subplots(len(rows), len(HEADS), squeeze=False), rows.items(), strict=True
     ):
         for column, panel in enumerate(axes):
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
             if column in cells:
-                count, strip = cells[column]
+                count, images = cells[column]
+                strip = plotting.grid(images, columns=len(images), num_levels=num_levels)
                 panel.imshow(strip, interpolation="nearest")
                 panel.set_title(count, fontsize=7, pad=2)
         name = f"{training}\n{solver}" if solver else training
@@ -71,11 +70,20 @@ def picture(shown: list[tuple[str, str, np.ndarray]], num_levels: int) -> np.nda
     return render(figure)
 
 
-def _column(count: str) -> int:
-    """0 to 3 for the numbers up to 1, 2, 4 and 8; 4 for more of them, and for "adaptive"."""
-    if not count.isdigit():
-        return COLUMNS - 1
-    return int(np.searchsorted((1, 2, 4, 8), int(count)))
+HEADS = ("1", "2", "4", "8", "more")  # columns, by evaluations
+
+
+def _rows(found: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
+    """(training, solver) -> column -> (evaluations, what was found), of (training, way, ...)."""
+    rows: dict[tuple[str, str], dict[int, Any]] = {}
+    for training, way, value in found:
+        solver, _, count = way.rpartition(", ")
+        column = np.searchsorted((1, 2, 4, 8), int(count) if count.isdigit() else np.inf)
+        first = next((row for row in rows if row[0] == training), (training, solver))
+        if not solver and column not in rows.get(first, {}):
+            solver = first[1]  # the adaptive solve beside the counted ones
+        rows.setdefault((training, solver), {})[int(column)] = count, value
+    return rows
 
 
 ASKED = ("dataset", "minutes", "num_samples", "num_pairs")  # what makes a record of one kind
@@ -124,7 +132,10 @@ def _joined(old: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str,
     return new | lists
 
 
-def _quality(row: dict[str, Any]) -> str:
-    """FD with the standard deviation over seeds, or of one seed with its standard error."""
-    spread = np.std(row["fd"], ddof=1) if len(row["fd"]) > 1 else row["fd_standard_error"][0]
-    return f"{np.mean(row['fd']):.3f} ± {spread:.3f}, accuracy {np.mean(row['accuracy']):.3f}"
+def _cell(row: dict[str, Any], name: str) -> str:
+    """The mean over seeds with its standard deviation, or of one seed with its standard error."""
+    values = row[name]
+    if len(values) > 1:
+        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    error = row.get(f"{name}_standard_error")
+    return f"{values[0]:.3f}" + (f" ± {error[0]:.3f}" if error else "")

@@ -52,15 +52,24 @@ def test_a_record_of_another_kind_is_refused_before_anything_is_trained(tmp_path
 
 
 def test_the_table_has_the_mean_and_spread_of_seeds_or_the_error_of_one():
-    text = few_steps_report.table(
-        record(
-            [0, 1], row("flow", "Euler, 2", [0, 1], [1.0, 2.0]), row("mean_flow", "2", [0], [7.0])
-        )
+    found = record(
+        [0, 1],
+        row("flow", "Euler, 2", [0, 1], [1.0, 2.0]),
+        row("flow", "Tsit5, 7", [0, 1], [3.0, 3.0]),
+        row("flow", "adaptive", [0, 1], [4.0, 4.0]),
+        row("mean_flow", "1", [0], [7.0]),
     )
-    lines = text.splitlines()
-    assert lines[2] == "| flow | 1.00 | Euler, 2 | 2 | 1.500 ± 0.707 | 0.900 |"
-    assert lines[3] == "| mean_flow | 1.25 | 2 | 2 | 7.000 ± 0.100 | 0.900 |"
-    assert lines[4].startswith("| real images |")
+    found["samples"][2]["evaluations"] = [31.0, 32.0]
+    lines = few_steps_report.table(found).splitlines()
+    assert lines[0] == "| FD | a step | 1 | 2 | 4 | 8 | more |"
+    assert (
+        lines[2] == "| flow, Euler | 1.00 |  | 1.500 ± 0.707 |  |  | 31.5: 4.000 ± 0.000 |"
+    )  # the adaptive solve's evaluations
+    assert lines[3] == "| flow, Tsit5 | 1.00 |  |  |  | 7: 3.000 ± 0.000 |  |"
+    assert lines[4] == "| mean_flow | 1.25 | 7.000 ± 0.100 |  |  |  |  |"
+    assert lines[5] == "| real images | |  |  |  |  | 0.050 ± 0.000 |"
+    assert lines[9] == "| flow, Euler | 1.00 |  | 0.900 ± 0.000 |  |  | 31.5: 0.900 ± 0.000 |"
+    assert lines[11] == "| mean_flow | 1.25 | 0.900 |  |  |  |  |"
 
 
 def test_the_picture_has_a_row_for_each_training_and_solver():
