@@ -18,6 +18,7 @@ guidance. What is trained or drawn already is not trained or drawn again.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -29,7 +30,7 @@ import numpy as np
 
 import fmjax as fm
 from experiments import few_steps_report
-from experiments.few_steps_runs import ALL, learned, step_seconds, trained
+from experiments.few_steps_runs import ALL, learned, learned_figures, step_seconds, trained
 from fmjax import plotting
 from fmjax.evaluation import judging
 from fmjax.flow_maps import apply_solver
@@ -208,6 +209,8 @@ def main(config: Config) -> dict[str, Any]:
     record["step_seconds"] = {name: step_seconds(config, name) for name in models}
     record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)
+    solvers = itertools.product(config.seeds, config.steps)
+    record["learned"] = [learned_figures(config, seed, n) for seed, n in solvers]
     if config.record is not None:
         record = record if known is None else few_steps_report.merged(known, record)
         write_json(config.record, record)

@@ -24,8 +24,14 @@ def record(seeds, *rows):
     times = {"flow": 0.1, "mean_flow": 0.125}
     return {
         "config": CONFIG, "judge": {"encoder": "e"}, "step_seconds": times, "samples": list(rows),
-        "real": real,
+        "real": real, "learned": [fit(seed, 0.1 * (1 + seed)) for seed in seeds],
     }  # fmt: skip
+
+
+def fit(seed, euler):
+    rms = {"learnt, 2": 0.04, "Euler, 2": euler, "Midpoint, 2": 0.06, "Heun, 2": 0.07}
+    rms["Tsit5, 7"] = 0.05
+    return {"seed": seed, "evaluations": 2, "fit_seconds": 9.6, "start": "Euler", "rms": rms}
 
 
 def test_a_record_gains_seeds_and_newer_figures_count():
@@ -36,6 +42,7 @@ def test_a_record_gains_seeds_and_newer_figures_count():
     kept = copy.deepcopy(old)
     both = few_steps_report.merged(old, new)
     flow, longer = both["samples"]
+    assert both["learned"] == [fit(seed, 0.1 * (1 + seed)) for seed in range(3)]
     assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
     assert longer == kept["samples"][1] and both["real"]["seeds"] == [0, 1, 2] and old == kept
     with pytest.raises(ValueError, match="under one encoder, e; got f.*--record"):
@@ -67,9 +74,11 @@ def test_the_table_has_the_mean_and_spread_of_seeds_or_the_error_of_one():
     )  # the adaptive solve's evaluations
     assert lines[3] == "| flow, Tsit5 | 1.00 |  |  |  | 7: 3.000 ± 0.000 |  |"
     assert lines[4] == "| mean_flow | 1.25 | 7.000 ± 0.100 |  |  |  |  |"
-    assert lines[5] == "| real images | |  |  |  |  | 0.050 ± 0.000 |"
+    assert lines[5] == "| real |  |  |  |  |  | 0.050 ± 0.000 |"
     assert lines[9] == "| flow, Euler | 1.00 |  | 0.900 ± 0.000 |  |  | 31.5: 0.900 ± 0.000 |"
     assert lines[11] == "| mean_flow | 1.25 | 0.900 |  |  |  |  |"
+    assert lines[-2].startswith("|---") and lines[-3].startswith("| evaluations | learned |")
+    assert lines[-1] == "| 2 | 0.0400 | 0.1500 | 0.0600 | 0.0700 | 7: 0.0500 | 1.50 | 1.25 | 10 s |"
 
 
 def test_the_picture_has_a_row_for_each_training_and_solver():
