@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from experiments import cost_of_likelihood, toy_report
+from experiments import cost_of_likelihood, few_steps_report, toy_report
 from experiments.benchmarks import (
     bridge_energy,
     bridges_table,
@@ -168,6 +168,9 @@ def test_the_toy_table_is_the_recorded_one():
     [
         ("uneven", uneven.table),
         ("flow_map_step", flow_map_step.table),
+        ("few_steps_digits", few_steps_report.distances),
+        ("few_steps_digits accuracy", few_steps_report.accuracies),
+        ("few_steps_digits solvers", few_steps_report.solvers),
         ("schedules", schedules.table),
         ("ddpm", ddpm_report.table),
         ("ddpm samples", ddpm_report.samples),
