@@ -5,11 +5,13 @@
         --methods mean_flow improved_mean_flow alpha_flow --workdir runs/few_steps_fashion
 
 A flow is trained first, by `experiments.flow_map --method flow_matching`. Every method goes on from
-it for the same time, `--minutes`, and so does flow matching itself ("longer"). The time is counted
-in steps, of what one step takes on this machine, measured in turn before the first training, so
-that other work on it favours nobody; compilation is not counted. Reflow pays for its pairs first,
-by the clock. The flow itself is drawn from by Euler, Midpoint, Heun and Tsit5 at the counts that
-they know, and by learned solvers.
+it for the same time, `--minutes`, and so does flow matching itself ("longer"). An adversary belongs
+on top of a flow map: "adversary_longer" goes on from MeanFlow's network for as long again, and
+beside it MeanFlow itself ("mean_flow_longer"). The time is counted in steps, of what one step takes
+on this machine, measured in turn before the first training, so that other work on it favours
+nobody; compilation is not counted. Reflow pays for its pairs first, by the clock. The flow itself
+is drawn from by Euler, Midpoint, Heun and Tsit5 at the counts that they know, and by learned
+solvers.
 
 FD and class accuracy are under the data set's encoder, trained at the first start, on
 `--num-samples` samples of each seed; all ways begin at the same noise, told the class, without
@@ -30,7 +32,7 @@ import numpy as np
 
 import fmjax as fm
 from experiments import few_steps_report
-from experiments.few_steps_runs import ALL, learned, learned_figures, step_seconds, trained
+from experiments.few_steps_runs import ALL, KIND, learned, learned_figures, step_seconds, trained
 from fmjax import plotting
 from fmjax.evaluation import judging
 from fmjax.flow_maps import apply_solver
@@ -45,6 +47,7 @@ from fmjax.tasks.flow_map_methods import METHODS
 
 BATCH = 100  # samples per solve
 SHOWN = 6  # samples of each way in the picture
+PLACES = ("workdir", "record", "picture")  # flags that say nothing of the figures
 LEARNED = "learned solver, "
 Way = Callable[[Trained, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -62,7 +65,7 @@ class Config:
     minutes: float = 2.0
     """Of every training, the flow's included."""
     methods: tuple[str, ...] = ALL
-    """What is trained from the flow besides flow matching itself."""
+    """What is trained besides the flow and flow matching from it."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Evaluations of a draw."""
     num_pairs: int = 4096
@@ -93,9 +96,10 @@ def jumped(name: str, num_steps: int) -> Way:
     """A flow map's own way."""
 
     def way(model: Trained, params: Any, key: jax.Array, x0: jax.Array, labels: jax.Array) -> Any:
-        given = params["generator"] if name == "adversary" else params
+        adversary = KIND.get(name, name) == "adversary"
+        given = params["generator"] if adversary else params
         average = flow_maps.average_velocity_of(flow_maps.network_of(model), given, labels)
-        method = METHODS["mean_flow" if name == "adversary" else name]
+        method = METHODS["mean_flow" if adversary else KIND.get(name, name)]
         return method.sample(key, average, x0, num_steps), num_steps
 
     return way
@@ -205,7 +209,7 @@ def main(config: Config) -> dict[str, Any]:
             models.setdefault(name, []).append(trained(config, name, seed))
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     record: dict[str, Any] = environment()
-    record["config"] = {name: flags[name] for name in flags if name not in ("record", "picture")}
+    record["config"] = {name: flags[name] for name in flags if name not in PLACES}
     record["step_seconds"] = {name: step_seconds(config, name) for name in models}
     record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)

@@ -154,12 +154,16 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         )
     rows = {(row["training"], row["way"]): row for row in new["samples"]}
     before = {(row["training"], row["way"]): row for row in old["samples"]}
-    both = [_joined(before.get(k), rows.get(k)) for k in dict.fromkeys([*rows, *before])]
-    times = old["step_seconds"] | new["step_seconds"]
+    both = [_joined(before.get(k), rows.get(k)) for k in before | rows]
+    config = new["config"] | {
+        name: sorted({*old["config"][name], *new["config"][name]}) for name in ("seeds", "methods")
+    }
     fits = {(f["seed"], f["evaluations"]): f for f in old["learned"] + new["learned"]}
     return new | {
+        "config": config,
         "samples": both,
-        "step_seconds": times,
+        "step_seconds": old["step_seconds"] | new["step_seconds"],
+        "num_steps": old["num_steps"] | new["num_steps"],
         "learned": list(fits.values()),
         "real": _joined(old["real"], new["real"]),
     }

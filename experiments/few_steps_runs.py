@@ -37,13 +37,21 @@ MODELS = {
     ),
 }
 MODULES: dict[str, Any] = {"reflow": reflow, "adversary": adversary}
-METHOD = {"flow": "flow_matching", "longer": "flow_matching"}
-ALL = (*(name for name in METHODS if name != "flow_matching"), *MODULES)
+KIND: dict[str, Any] = {  # what a training is, where that is not its name
+    "flow": "flow_matching",
+    "longer": "flow_matching",
+    "mean_flow_longer": "mean_flow",
+    "adversary_longer": "adversary",
+}
+# What it begins with, where that is not the flow.
+BEGINS: dict[str, str] = dict.fromkeys(("mean_flow_longer", "adversary_longer"), "mean_flow")
+ALL = (*(name for name in METHODS if name != "flow_matching"), *MODULES, *BEGINS)
 
 
 def run_config(config: Any, name: str, seed: int, num_steps: int) -> Any:
     """The flags of one training."""
-    flow = None if name == "flow" else epath.Path(folder(config, "flow", seed))
+    kind, begins = KIND.get(name, name), BEGINS.get(name, "flow")
+    begun = None if name == "flow" else epath.Path(folder(config, begins, seed))
     shared: dict[str, Any] = {
         "workdir": epath.Path(folder(config, name, seed)),
         "seed": seed,
@@ -52,16 +60,15 @@ def run_config(config: Any, name: str, seed: int, num_steps: int) -> Any:
         "warmup_steps": min(100, num_steps // 4),
         "checkpoint_every": 100,
     }
-    if name == "reflow":
-        return reflow.Config(teacher=flow, num_pairs=config.num_pairs, **shared)
+    if kind == "reflow":
+        return reflow.Config(teacher=begun, num_pairs=config.num_pairs, **shared)
     shared |= {"dataset": config.dataset, "model": MODELS[config.dataset], "preview_every": 0}
     shared |= {"num_samples": 0, "eval_examples": 0}
-    if name == "adversary":
-        return adversary.Config(generator=flow, **shared)
+    if kind == "adversary":
+        return adversary.Config(generator=begun, **shared)
     rates = {"learning_rate": 2e-3} if name == "flow" else {}
-    method: Any = METHOD.get(name, name)
     anneal = max(1, num_steps * 3 // 4)
-    return flow_map.Config(method=method, init_from=flow, anneal_steps=anneal, **rates, **shared)
+    return flow_map.Config(method=kind, init_from=begun, anneal_steps=anneal, **rates, **shared)
 
 
 def folder(config: Any, name: str, seed: int) -> pathlib.Path:
@@ -75,10 +82,11 @@ def step_seconds(config: Any, name: str, repetitions: int = 15) -> float:
     """
     path = config.workdir / "step_seconds.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    name = METHOD.get(name, name)
+    name = KIND.get(name, name)
     if name in known:
         return known[name]
-    others = [other for other in config.methods if other != "reflow" and other not in known]
+    kinds = dict.fromkeys(KIND.get(other, other) for other in config.methods)
+    others = [kind for kind in kinds if kind != "reflow" and kind not in known]
     names = dict.fromkeys(["flow_matching", *(others if name != "reflow" else [name])])
     say(f"Timing the training steps of {', '.join(names)} ...")
     steps = {other: _step(config, other) for other in names}
@@ -116,8 +124,11 @@ def trained(config: Any, name: str, seed: int) -> Trained:
     if not (place / "summary.json").exists():
         left = 60 * config.minutes - (_pair_seconds(config, seed) if name == "reflow" else 0.0)
         num_steps = max(1, round(left / step_seconds(config, name)))
+        if name in BEGINS:
+            trained(config, BEGINS[name], seed)
         say(f"Training {name}, seed {seed}: {num_steps} steps ...")
-        train(run_config(config, name, seed, num_steps), MODULES.get(name, flow_map).make_task)
+        module = MODULES.get(KIND.get(name, name), flow_map)
+        train(run_config(config, name, seed, num_steps), module.make_task)
     return read(epath.Path(place))
 
 

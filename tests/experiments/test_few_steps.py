@@ -11,6 +11,7 @@ from experiments.benchmarks import flow_map_step
 from fmjax.harness.store import keep_settings
 
 CONFIG = {"dataset": "digits", "minutes": 2.0, "num_samples": 500, "num_pairs": 64}
+KINDS = ("flow", "longer", "mean_flow")
 
 
 def row(training, way, seeds, fd):
@@ -22,10 +23,11 @@ def row(training, way, seeds, fd):
 def record(seeds, *rows):
     real = row("", "", seeds, [0.05] * len(seeds))
     times = {"flow": 0.1, "mean_flow": 0.125}
-    return {
-        "config": CONFIG, "judge": {"encoder": "e"}, "step_seconds": times, "samples": list(rows),
-        "real": real, "learned": [fit(seed, 0.1 * (1 + seed)) for seed in seeds],
-    }  # fmt: skip
+    config = CONFIG | {"seeds": seeds, "methods": [r["training"] for r in rows]}
+    fits = [fit(seed, 0.1 * (1 + seed)) for seed in seeds]
+    found = {"config": config, "samples": list(rows), "real": real, "learned": fits}
+    steps = dict.fromkeys(KINDS, 7)
+    return found | {"step_seconds": times, "num_steps": steps, "judge": {"encoder": "e"}}
 
 
 def fit(seed, euler):
@@ -42,6 +44,7 @@ def test_a_record_gains_seeds_and_newer_figures_count():
     kept = copy.deepcopy(old)
     both = few_steps_report.merged(old, new)
     flow, longer = both["samples"]
+    assert both["config"] == CONFIG | {"seeds": [0, 1, 2], "methods": ["flow", "longer"]}
     assert both["learned"] == [fit(seed, 0.1 * (1 + seed)) for seed in range(3)]
     assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
     assert longer == kept["samples"][1] and both["real"]["seeds"] == [0, 1, 2] and old == kept
