@@ -187,7 +187,7 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
     real = pictures.train
     if config.picture is not None:
         plotting.save(config.picture, few_steps_report.picture(shown, real.num_levels))
-    found = judge.of_sets(judging.real_sets(real, labels, len(config.seeds)), BATCH)
+    found = judge.of_sets(judging.real_sets(real, labels, config.seeds), BATCH)
     found = {"seeds": list(config.seeds)} | found
     return {"samples": rows, "real": found, "judge": judge.record}
 

@@ -191,7 +191,7 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
     if config.picture is not None:
         picture = plotting.grid(np.concatenate(shown), columns=20, num_levels=real.num_levels)
         plotting.save(config.picture, picture)
-    found = judge.of_sets(judging.real_sets(real, labels, len(config.seeds)), BATCH)
+    found = judge.of_sets(judging.real_sets(real, labels, config.seeds), BATCH)
     return {"samples": rows, "real": found, "judge": judge.record}
 
 

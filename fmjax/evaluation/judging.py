@@ -166,13 +166,16 @@ class Judge(NamedTuple):
 
 
 def real_sets(
-    real: data.ImageDataset, labels: np.ndarray, num: int
+    real: data.ImageDataset, labels: np.ndarray, seeds: Sequence[int]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """So many sets of real images of these classes, drawn with replacement."""
-    rng = np.random.default_rng(0)
+    """For each seed a set of real images of these classes, drawn with replacement."""
     of_class = [np.flatnonzero(real.labels == label) for label in labels]
-    picked = [np.array([rng.choice(rows) for rows in of_class]) for _ in range(num)]
-    return [(real.images[rows], labels) for rows in picked]
+
+    def picked(seed: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return np.array([rng.choice(rows) for rows in of_class])
+
+    return [(real.images[picked(seed)], labels) for seed in seeds]
 
 
 def check(config: JudgeConfig) -> None:

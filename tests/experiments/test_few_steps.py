@@ -8,6 +8,8 @@ import pytest
 
 from experiments import few_steps, few_steps_report
 from experiments.benchmarks import flow_map_step
+from fmjax import data
+from fmjax.evaluation import judging
 from fmjax.harness.store import keep_settings
 
 CONFIG = {"dataset": "digits", "minutes": 2.0, "num_samples": 500, "num_pairs": 64}
@@ -118,3 +120,14 @@ def test_unknown_methods_are_refused():
         few_steps.main(few_steps.Config(methods=("mean",)))
     with pytest.raises(ValueError, match="must begin with flow_matching"):
         flow_map_step.main(flow_map_step.Config(methods=("mean_flow",)))
+
+
+def test_every_seed_has_real_images_of_its_own():
+    real = data.load_digits("train")
+    labels = np.arange(100) % 10
+    together = judging.real_sets(real, labels, (0, 1))
+    (alone,) = judging.real_sets(real, labels, (1,))
+    np.testing.assert_array_equal(together[1][0], alone[0])
+    assert (together[0][0] != together[1][0]).any()
+    by_bytes = {x.tobytes(): y for x, y in zip(real.images, real.labels, strict=True)}
+    assert [by_bytes[x.tobytes()] for x in alone[0]] == labels.tolist() == alone[1].tolist()
