@@ -181,6 +181,7 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
             drawn = draw(config, name, label, way, of_seeds)
             row = {"training": name, "way": label, "seeds": list(config.seeds)}
             row |= {"evaluations": [float(found["evaluations"]) for found in drawn]}
+            row |= {"num_steps": [model.config.num_steps for model in of_seeds]}  # of training
             rows.append(row | judge.of_sets([(found["images"], labels) for found in drawn], BATCH))
             shown.append((name, label, drawn[0]["images"][:SHOWN]))
             say(few_steps_report.line(rows[-1]))
@@ -197,6 +198,9 @@ def main(config: Config) -> dict[str, Any]:
     check_seeds("seeds", config.seeds)
     if unknown := set(config.methods) - set(ALL):
         raise ValueError(f"--methods must be of {', '.join(ALL)}; got {unknown.pop()}.")
+    if unknown := set(config.steps) - {*few_steps_report.COUNTS}:
+        counts = ", ".join(map(str, few_steps_report.COUNTS))
+        raise ValueError(f"--steps must be of {counts}, the table's columns; got {unknown.pop()}.")
     known = None
     if config.record is not None and config.record.exists():
         known = json.loads(config.record.read_text())
@@ -211,7 +215,6 @@ def main(config: Config) -> dict[str, Any]:
     record: dict[str, Any] = environment()
     record["config"] = {name: flags[name] for name in flags if name not in PLACES}
     record["step_seconds"] = {name: step_seconds(config, name) for name in models}
-    record["num_steps"] = {name: found[0].config.num_steps for name, found in models.items()}
     record |= measure(config, models)
     solvers = itertools.product(config.seeds, config.steps)
     record["learned"] = [learned_figures(config, seed, n) for seed, n in solvers]

@@ -106,7 +106,8 @@ def picture(shown: list[tuple[str, str, np.ndarray]], num_levels: int) -> np.nda
 
 
 SOLVERS = ("Euler", "Midpoint", "Heun", "Tsit5")
-HEADS = ("1", "2", "4", "8", "more")  # columns, by evaluations
+COUNTS = (1, 2, 4, 8)  # evaluations of a draw
+HEADS = (*map(str, COUNTS), "more")  # columns
 
 
 def _rows(found: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
@@ -114,7 +115,7 @@ def _rows(found: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], dict[i
     rows: dict[tuple[str, str], dict[int, Any]] = {}
     for training, way, value in found:
         solver, _, count = way.rpartition(", ")
-        column = np.searchsorted((1, 2, 4, 8), int(count) if count.isdigit() else np.inf)
+        column = np.searchsorted(COUNTS, int(count) if count.isdigit() else np.inf)
         first = next((row for row in rows if row[0] == training), (training, solver))
         if not solver and column not in rows.get(first, {}):
             solver = first[1]  # the adaptive solve beside the counted ones
@@ -163,7 +164,6 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "samples": both,
         "step_seconds": old["step_seconds"] | new["step_seconds"],
-        "num_steps": old["num_steps"] | new["num_steps"],
         "learned": list(fits.values()),
         "real": _joined(old["real"], new["real"]),
     }

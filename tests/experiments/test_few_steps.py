@@ -2,24 +2,25 @@
 
 import copy
 import json
+import pathlib
 
 import numpy as np
 import pytest
+from etils import epath
 
-from experiments import few_steps, few_steps_report
+from experiments import few_steps, few_steps_report, few_steps_runs
 from experiments.benchmarks import flow_map_step
 from fmjax import data
 from fmjax.evaluation import judging
 from fmjax.harness.store import keep_settings
 
 CONFIG = {"dataset": "digits", "minutes": 2.0, "num_samples": 500, "num_pairs": 64}
-KINDS = ("flow", "longer", "mean_flow")
 
 
 def row(training, way, seeds, fd):
     figures = {"fd": fd, "fd_standard_error": [0.1] * len(fd), "accuracy": [0.9] * len(fd)}
-    evaluations = [2.0] * len(fd)
-    return {"training": training, "way": way, "seeds": seeds, "evaluations": evaluations} | figures
+    figures |= {"evaluations": [2.0] * len(fd), "num_steps": [100 + seed for seed in seeds]}
+    return {"training": training, "way": way, "seeds": seeds} | figures
 
 
 def record(seeds, *rows):
@@ -28,8 +29,7 @@ def record(seeds, *rows):
     config = CONFIG | {"seeds": seeds, "methods": [r["training"] for r in rows]}
     fits = [fit(seed, 0.1 * (1 + seed)) for seed in seeds]
     found = {"config": config, "samples": list(rows), "real": real, "learned": fits}
-    steps = dict.fromkeys(KINDS, 7)
-    return found | {"step_seconds": times, "num_steps": steps, "judge": {"encoder": "e"}}
+    return found | {"step_seconds": times, "judge": {"encoder": "e"}}
 
 
 def fit(seed, euler):
@@ -42,13 +42,16 @@ def test_a_record_gains_seeds_and_newer_figures_count():
     old = record(
         [0, 1], row("flow", "Euler, 2", [0, 1], [1.0, 2.0]), row("longer", "2", [0], [7.0])
     )
-    new = record([1, 2], row("flow", "Euler, 2", [1, 2], [3.0, 5.0]))
+    added = row("mean_flow", "1", [1, 2], [4.0, 4.0])
+    new = record([1, 2], row("flow", "Euler, 2", [1, 2], [3.0, 5.0]), added)
     kept = copy.deepcopy(old)
     both = few_steps_report.merged(old, new)
-    flow, longer = both["samples"]
-    assert both["config"] == CONFIG | {"seeds": [0, 1, 2], "methods": ["flow", "longer"]}
+    flow, longer, mean_flow = both["samples"]
+    assert mean_flow == added and both["config"]["seeds"] == [0, 1, 2]
+    assert both["config"]["methods"] == ["flow", "longer", "mean_flow"]
     assert both["learned"] == [fit(seed, 0.1 * (1 + seed)) for seed in range(3)]
     assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
+    assert flow["num_steps"] == [100, 101, 102]
     assert longer == kept["samples"][1] and both["real"]["seeds"] == [0, 1, 2] and old == kept
     with pytest.raises(ValueError, match="under one encoder, e; got f.*--record"):
         few_steps_report.merged(old, new | {"judge": {"encoder": "f"}})
@@ -113,6 +116,22 @@ def test_a_folder_holds_trainings_of_one_kind(tmp_path):
         keep_settings(tmp_path / "runs", {"minutes": 2.0, "seeds": (0, 1)})
     with pytest.raises(ValueError, match="2.0.*got.*'minutes': 3.0.*--workdir"):
         keep_settings(tmp_path / "runs", {"minutes": 3.0, "seeds": (0, 1)})
+
+
+def test_what_goes_on_from_mean_flow_begins_with_its_run():
+    config = few_steps.Config(workdir=pathlib.Path("runs"))
+    named = {name: few_steps_runs.run_config(config, name, 3, 40) for name in few_steps_runs.ALL}
+    assert named["mean_flow_longer"].method == named["adversary_longer"].method == "mean_flow"
+    assert named["mean_flow_longer"].init_from == epath.Path("runs/mean_flow_s3")
+    assert named["adversary_longer"].generator == epath.Path("runs/mean_flow_s3")
+    assert named["adversary"].generator == named["shortcut"].init_from == epath.Path("runs/flow_s3")
+    folders = {str(run.workdir) for run in named.values()}
+    assert folders == {f"runs/{name}_s3" for name in few_steps_runs.ALL}
+
+
+def test_steps_without_a_column_are_refused():
+    with pytest.raises(ValueError, match="--steps must be of 1, 2, 4, 8, .* got 3"):
+        few_steps.main(few_steps.Config(steps=(2, 3)))
 
 
 def test_unknown_methods_are_refused():
