@@ -2,10 +2,10 @@
 
     python -m experiments.few_steps
     python -m experiments.few_steps --dataset fashion_mnist --minutes 20 --seeds 0 \\
-        --methods mean_flow improved_mean_flow alpha_flow --workdir runs/few_steps_fashion
+        --methods mean_flow alpha_flow shortcut longer --workdir runs/few_steps_fashion
 
 A flow is trained first, by `experiments.flow_map --method flow_matching`. Every method goes on from
-it for the same time, `--minutes`, and so does flow matching itself ("longer"). An adversary belongs
+it for the same time, `--minutes`, flow matching itself among them ("longer"). An adversary belongs
 on top of a flow map: "adversary_longer" goes on from MeanFlow's network for as long again, and
 beside it MeanFlow itself ("mean_flow_longer"). The time is counted in steps, of what one step takes
 on this machine, measured in turn before the first training, so that other work on it favours
@@ -65,7 +65,7 @@ class Config:
     minutes: float = 2.0
     """Of every training, the flow's included."""
     methods: tuple[str, ...] = ALL
-    """What is trained besides the flow and flow matching from it."""
+    """What is trained from the flow; "longer" is flow matching again."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Evaluations of a draw."""
     num_pairs: int = 4096
@@ -209,7 +209,7 @@ def main(config: Config) -> dict[str, Any]:
     keep_settings(config.workdir, kind)
     models: dict[str, list[Trained]] = {}
     for seed in config.seeds:
-        for name in ("flow", "longer", *config.methods):
+        for name in ("flow", *config.methods):
             models.setdefault(name, []).append(trained(config, name, seed))
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     record: dict[str, Any] = environment()

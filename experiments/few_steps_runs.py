@@ -45,7 +45,7 @@ KIND: dict[str, Any] = {  # what a training is, where that is not its name
 }
 # What it begins with, where that is not the flow.
 BEGINS: dict[str, str] = dict.fromkeys(("mean_flow_longer", "adversary_longer"), "mean_flow")
-ALL = (*(name for name in METHODS if name != "flow_matching"), *MODULES, *BEGINS)
+ALL = ("longer", *(name for name in METHODS if name != "flow_matching"), *MODULES, *BEGINS)
 
 
 def run_config(config: Any, name: str, seed: int, num_steps: int) -> Any:

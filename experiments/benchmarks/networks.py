@@ -3,11 +3,12 @@
     python -m experiments.benchmarks.networks
     python -m experiments.benchmarks.networks --dataset fashion_mnist --minutes 30
 
-Every row is a training of its own: a first run of a few hundred steps says how many steps its
-minutes hold, compilation not counted, and the learning rate falls to zero at the last of them. All
-else is the same for all rows: data, batch, path, source, times, average, and of the learning rates
-given the one that the row's optimiser is given. FD and class accuracy are under the data set's
-encoder, trained at the first start, of class-conditional samples without guidance, Tsit5 at 1e-3.
+Every row is a training of its own, of as many steps as its minutes hold: of what one step takes on
+this machine, measured in turn before the first training, so that other work on it favours nobody;
+compilation is not counted. The learning rate falls to zero at the last step. All else is the same
+for all rows: data, batch, path, source, times, average, and of the learning rates given the one
+that the row's optimiser is given. FD and class accuracy are under the data set's encoder, trained
+at the first start, of class-conditional samples without guidance, Tsit5 at 1e-3.
 
 A row that is recorded is not trained again, and a training that was stopped resumes.
 """
@@ -17,28 +18,34 @@ import functools
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import diffrax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 import fmjax as fm
 from experiments import digits, mnist
+from experiments.benchmarks import flow_map_step
 from fmjax.data import pixels
 from fmjax.evaluation import judging
 from fmjax.harness import command, keys, train
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
+from fmjax.harness.start import say
 from fmjax.harness.store import keep_settings
 from fmjax.harness.task import Trained
 from fmjax.tasks import images
 from fmjax.tasks.image_networks import choose_kernels
 
 BATCH = 128
-SUMMARY = ("step", "num_parameters", "examples_per_second", "loss", "bits_per_dim")
+LONG = 100_000  # training steps, whose kernels are taken
+KINDS = tuple(itertools.product(("unet", "dit"), ("adam", "muon")))
+SUMMARY = ("step", "num_parameters", "loss", "bits_per_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,8 @@ class Config:
     """Adam's learning rate."""
     muon_rate: float = 5e-3
     """Muon's, for its Adam too."""
-    timed_steps: int = 300
-    """Steps of the first run of each kind, which says how fast it is."""
+    timed_steps: int = 15
+    """Timed steps of each kind."""
     num_samples: int = 500
     """Of each row."""
     judge: judging.JudgeConfig = judging.JudgeConfig()
@@ -80,22 +87,30 @@ def flags(config: Config, network: Any, optimizer: Any, seed: int, folder: str) 
         seed=seed,
         preview_every=0,
         num_samples=0,
+        num_steps=LONG,
     )
-    return module, run
+    return module, dataclasses.replace(run, kernels=choose_kernels(run))
 
 
-def steps_in(config: Config, network: str, optimizer: str) -> int:
-    """The training steps that the minutes hold, as a first run of its own says."""
-    folder = f"speed_{config.dataset}_{network}_{optimizer}"
-    module, run = flags(config, network, optimizer, 0, folder)
-    summary = config.workdir / folder / "summary.json"
-    if not summary.exists():
-        long = dataclasses.replace(run, num_steps=100_000)  # whose kernels are timed
-        run = dataclasses.replace(long, num_steps=config.timed_steps, eval_examples=0)
-        run = dataclasses.replace(run, kernels=choose_kernels(long))
-        train(run, module.make_task)
-    rate = json.loads(summary.read_text())["examples_per_second"] / run.batch_size
-    return max(run.warmup_steps + 1, round(60 * config.minutes * rate))
+def step_seconds(config: Config) -> dict[str, float]:
+    """What a training step of every kind takes, by "network_optimizer", measured once and kept."""
+    path = config.workdir / f"step_seconds_{config.dataset}.json"
+    if not path.exists():
+        say("Timing the training steps ...")
+        steps = {"_".join(kind): _step(config, *kind) for kind in KINDS}
+        times = flow_map_step.milliseconds(steps, config.timed_steps)
+        config.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, {kind: float(np.median(found)) / 1e3 for kind, found in times.items()})
+    return json.loads(path.read_text())
+
+
+def _step(config: Config, network: str, optimizer: str) -> Callable[[], Any]:
+    """One training step, of a new network."""
+    module, run = flags(config, network, optimizer, 0, "timed")
+    task = module.make_task(run)
+    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
+    step, state = jax.jit(task.step), task.init(jax.random.key(0))
+    return functools.partial(step, state, jax.random.key(1), batch)
 
 
 def trained(config: Config, network: str, optimizer: str, seed: int) -> tuple[Trained, Any]:
@@ -104,7 +119,8 @@ def trained(config: Config, network: str, optimizer: str, seed: int) -> tuple[Tr
     module, run = flags(config, network, optimizer, seed, folder)
     summary = config.workdir / folder / "summary.json"
     if not summary.exists():
-        num_steps = steps_in(config, network, optimizer)
+        seconds = step_seconds(config)[f"{network}_{optimizer}"]
+        num_steps = max(run.warmup_steps + 1, round(60 * config.minutes / seconds))
         run = dataclasses.replace(run, num_steps=num_steps, decay_steps=num_steps)
         train(run, module.make_task)
     return read(epath.Path(config.workdir / folder)), json.loads(summary.read_text())
@@ -147,16 +163,18 @@ def row(config: Config, network: str, optimizer: str, seed: int) -> dict[str, An
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(record: dict[str, Any]) -> str:
     """All rows as Markdown, the mean over seeds with the least and the most."""
-    lines = [
-        "| network | optimiser | parameters | steps | bits/dim | FD | accuracy | evaluations |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    rows, seconds = record["rows"], record["step_seconds"]
+    heads = ("network", "optimiser", "parameters", "a step", "steps", "bits/dim", "FD")
+    heads += ("accuracy", "evaluations")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     kinds = dict.fromkeys((row["network"], row["optimizer"]) for row in rows)
     for network, optimizer in kinds:
         those = [r for r in rows if (r["network"], r["optimizer"]) == (network, optimizer)]
-        cells = [f"{those[0]['num_parameters']:,}", f"{np.mean([r['step'] for r in those]):.0f}"]
+        cells = [f"{those[0]['num_parameters']:,}"]
+        cells.append(f"{1e3 * seconds[f'{network}_{optimizer}']:.0f} ms")
+        cells.append(f"{np.mean([r['step'] for r in those]):.0f}")
         for key, digits_ in (("bits_per_dim", 3), ("fd", 2), ("accuracy", 3), ("evaluations", 0)):
             cells.append(_spread([r[key] for r in those], digits_))
         lines.append(f"| {network} | {optimizer} | {' | '.join(cells)} |")
@@ -168,19 +186,20 @@ def _spread(values: list[float], digits_: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({least} to {most})"
 
 
-def main(config: Config) -> list[dict[str, Any]]:
+def main(config: Config) -> dict[str, Any]:
     check_numbers(config, may_be_zero={"seeds"})
     check_seeds("seeds", config.seeds)
     kind = {name: getattr(config, name) for name in ("adam_rate", "muon_rate", "num_samples")}
     keep_settings(config.workdir, kind)
-    order = itertools.product(config.seeds, ("unet", "dit"), ("adam", "muon"))
-    make = functools.partial(row, config)
-    rows = [make(network, optimizer, seed) for seed, network, optimizer in order]
-    print(table(rows))
+    rows = [row(config, *kind, seed) for seed in config.seeds for kind in KINDS]
+    given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    record: dict[str, Any] = environment()
+    record["config"] = {name: given[name] for name in given if name not in ("workdir", "record")}
+    record |= {"step_seconds": step_seconds(config), "rows": rows}
+    print(table(record))
     if config.record is not None:
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        write_json(config.record, environment() | {"config": settings, "rows": rows})
-    return rows
+        write_json(config.record, record)
+    return record
 
 
 if __name__ == "__main__":
