@@ -1,7 +1,7 @@
 """Eight host devices, whole float32 products, no rank promotion by itself, one compilation cache.
 
 The cache is shared by the workers and by the processes that tests start, and goes when they have
-ended; what takes less than half a second to compile is not worth a file.
+ended. It holds every program, small ones too: many tests compile the same ones.
 """
 
 import atexit
@@ -12,7 +12,7 @@ import tempfile
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker inherits its parent's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fmjax-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 
