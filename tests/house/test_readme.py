@@ -17,6 +17,7 @@ from experiments.benchmarks import (
     couplings,
     ddpm_report,
     flow_map_step,
+    networks,
     schedules,
     single_cell,
     uneven,
@@ -168,6 +169,7 @@ def test_the_toy_table_is_the_recorded_one():
     [
         ("uneven", uneven.table),
         ("flow_map_step", flow_map_step.table),
+        ("networks", networks.table),
         ("few_steps_digits", few_steps_report.distances),
         ("few_steps_digits accuracy", few_steps_report.accuracies),
         ("few_steps_digits solvers", few_steps_report.solvers),
