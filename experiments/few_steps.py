@@ -196,6 +196,9 @@ def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
 def main(config: Config) -> dict[str, Any]:
     check_numbers(config, may_be_zero={"seeds"})
     check_seeds("seeds", config.seeds)
+    for name, given in (("methods", config.methods), ("steps", config.steps)):
+        if len(set(given)) < len(given):
+            raise ValueError(f"--{name} must name each once; got {' '.join(map(str, given))}.")
     if unknown := set(config.methods) - set(ALL):
         raise ValueError(f"--methods must be of {', '.join(ALL)}; got {unknown.pop()}.")
     if unknown := set(config.steps) - {*few_steps_report.COUNTS}:

@@ -11,12 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from experiments import adversary, flow_map, learned_solver, reflow
+from experiments import adversary, flow_map, in_turn, learned_solver, reflow
 from fmjax.harness import train
 from fmjax.harness.read import read
 from fmjax.harness.records import write_json
@@ -85,19 +82,13 @@ def step_seconds(config: Any, name: str, repetitions: int = 15) -> float:
     name = KIND.get(name, name)
     if name in known:
         return known[name]
-    kinds = dict.fromkeys(KIND.get(other, other) for other in config.methods)
+    kinds = [KIND.get(other, other) for other in config.methods if name != "reflow"]
     others = [kind for kind in kinds if kind != "reflow" and kind not in known]
-    names = dict.fromkeys(["flow_matching", *(others if name != "reflow" else [name])])
+    names = dict.fromkeys(["flow_matching", *others, name])
     say(f"Timing the training steps of {', '.join(names)} ...")
     steps = {other: _step(config, other) for other in names}
-    times: dict[str, list[float]] = {other: [] for other in names}
-    for _ in range(1 + repetitions):
-        for other, step in steps.items():
-            began = time.perf_counter()
-            jax.block_until_ready(step())
-            times[other].append(time.perf_counter() - began)
-    median = {other: float(np.median(found[1:])) for other, found in times.items()}
-    base = known.get("flow_matching", median["flow_matching"])
+    median = in_turn.medians(steps, repetitions)
+    base = known.get("flow_matching", median["flow_matching"] / 1e3)
     known |= {other: base * median[other] / median["flow_matching"] for other in names}
     config.workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
@@ -112,10 +103,8 @@ def _step(config: Any, name: str) -> Callable[[], Any]:
     if name == "adversary":
         run = dataclasses.replace(run, generator=None)
     task = MODULES.get(name, flow_map).make_task(run)
-    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
-    return functools.partial(
-        jax.jit(task.step), task.init(jax.random.key(0)), jax.random.key(1), batch
-    )
+    step, args = in_turn.training_step(task, run.batch_size)
+    return functools.partial(step, *args)
 
 
 def trained(config: Any, name: str, seed: int) -> Trained:

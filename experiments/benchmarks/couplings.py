@@ -24,8 +24,7 @@ import functools
 import json
 import os
 import pathlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
-from experiments import toy_data, toy_flows
+from experiments import in_turn, toy_data, toy_flows
 from fmjax import couplings, training
 from fmjax.harness import command
 from fmjax.harness.records import environment, write_json
@@ -61,18 +60,6 @@ class Config:
     """Timed pairings of each kind; the median counts."""
     record: pathlib.Path | None = None
     """A JSON file for the figures, such as experiments/benchmarks/results/couplings.json."""
-
-
-def interleaved(ways: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """The median milliseconds of each, after a first call."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repetitions + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            jax.block_until_ready(way())
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
 
 
 def ways_to_pair(epsilons: Sequence[float]) -> dict[str, fm.Coupling]:
@@ -135,7 +122,7 @@ def plane(config: Config, num: int) -> list[dict[str, Any]]:
     flat = x0.reshape(-1, 2)
     pairs["semidiscrete"] = flat, x1[0][assignment(key, flat)]
     ways["semidiscrete"] = functools.partial(assignment, key, x0[0])
-    milliseconds = interleaved(ways, config.repetitions)
+    milliseconds = in_turn.medians(ways, config.repetitions)
     rows = []
     for name, (start, end) in pairs.items():
         row = {"coupling": name, "n": num, "cost": float(jnp.mean(jnp.sum((start - end) ** 2, 1)))}
@@ -156,7 +143,7 @@ def exact_speeds(config: Config, num: int, dim: int) -> dict[str, Any]:
     def emd() -> np.ndarray:
         return np.asarray(ot.emd([], [], ot.dist(x0, x1), numItermax=10**9))
 
-    found = interleaved({"fmjax": lambda: pair(*args), "pot": emd}, config.repetitions)
+    found = in_turn.medians({"fmjax": lambda: pair(*args), "pot": emd}, config.repetitions)
     cost = np.square(np.asarray(pair(*args), np.float64) - x1).sum(1).mean()
     rows, columns = np.nonzero(emd())
     theirs = np.square(x0[rows].astype(np.float64) - x1[columns]).sum(1).mean()
@@ -187,7 +174,7 @@ def entropic_speeds(config: Config, num: int = 1024) -> list[dict[str, Any]]:
             "pot": pot,
             "exact": lambda: exact(x0, x1),
         }
-        found = interleaved(ways, config.repetitions)
+        found = in_turn.medians(ways, config.repetitions)
         rows.append({"what": f"Sinkhorn, epsilon {epsilon:g}, n = {num}, 2-D", **found})
     return rows
 

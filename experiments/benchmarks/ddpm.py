@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ import numpy as np
 from etils import epath
 
 import fmjax as fm
-from experiments import ddpm, digits
+from experiments import ddpm, digits, in_turn
 from experiments.benchmarks import ddpm_report
 from fmjax import plotting
 from fmjax.data import load_digits, pixels
@@ -217,17 +216,9 @@ def step_milliseconds(models: dict[str, list[Trained]], repetitions: int) -> dic
     """Training steps of both networks in turn, after a first one of each."""
     steps = {}
     for name, of_seeds in models.items():
-        task, batch_size = of_seeds[0].task, of_seeds[0].config.batch_size
-        batch = jax.tree.map(jnp.asarray, task.batch(np.arange(batch_size)))
-        args = task.init(jax.random.key(0)), jax.random.key(1), batch
-        steps[name] = functools.partial(jax.jit(task.step), *args)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + repetitions):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            jax.block_until_ready(step())
-            seconds[name].append(time.perf_counter() - began)
-    return {name: [1e3 * second for second in all_of[1:]] for name, all_of in seconds.items()}
+        step, args = in_turn.training_step(of_seeds[0].task, of_seeds[0].config.batch_size)
+        steps[name] = functools.partial(step, *args)
+    return in_turn.milliseconds(steps, repetitions)
 
 
 def main(config: Config) -> dict[str, Any]:

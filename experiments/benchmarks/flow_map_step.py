@@ -11,14 +11,12 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import flow_map
+from experiments import flow_map, in_turn
 from experiments.few_steps_runs import MODELS
 from fmjax.harness import command
 from fmjax.harness.records import environment, write_json
@@ -55,26 +53,14 @@ def compiled(config: Config, network: str, kernels: Any, method: Any) -> tuple[A
         model=MODELS[dataset],
     )
     task = flow_map.make_task(run)
-    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(config.batch_size)))
-    args = task.init(jax.random.key(0)), jax.random.key(1), batch
-    lowered = jax.jit(task.step).lower(*args)
+    jitted, args = in_turn.training_step(task, config.batch_size)
+    lowered = jitted.lower(*args)
     began = time.perf_counter()
     step = lowered.compile()
     seconds = time.perf_counter() - began
     memory = step.memory_analysis()
     megabytes = None if memory is None else memory.temp_size_in_bytes / 2**20
     return functools.partial(step, *args), {"compile_s": seconds, "temporaries_mib": megabytes}
-
-
-def milliseconds(steps: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Every step in turn, after a first one of each."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + repetitions):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            jax.block_until_ready(step())
-            found[name].append(1e3 * (time.perf_counter() - began))
-    return {name: times[1:] for name, times in found.items()}
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -91,7 +77,7 @@ def main(config: Config) -> dict[str, Any]:
             for method in config.methods:
                 say(f"{network}, {kernels} kernels: {method} ...")
                 steps[method], facts[method] = compiled(config, network, kernels, method)
-            times = milliseconds(steps, config.repetitions)
+            times = in_turn.milliseconds(steps, config.repetitions)
             base = np.array(times["flow_matching"])
             for method in config.methods:
                 row = {"network": network, "kernels": kernels, "method": method}

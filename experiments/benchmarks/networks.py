@@ -23,13 +23,11 @@ from typing import Any, Literal
 
 import diffrax
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 import fmjax as fm
-from experiments import digits, mnist
-from experiments.benchmarks import flow_map_step
+from experiments import digits, in_turn, mnist
 from fmjax.data import pixels
 from fmjax.evaluation import judging
 from fmjax.harness import command, keys, train
@@ -74,7 +72,9 @@ class Config:
     """A JSON file for all rows, such as experiments/benchmarks/results/networks.json."""
 
 
-def flags(config: Config, network: Any, optimizer: Any, seed: int, folder: str) -> tuple[Any, Any]:
+def run_config(
+    config: Config, network: Any, optimizer: Any, seed: int, folder: str
+) -> tuple[Any, Any]:
     """The module of the data's experiment, and a row's flags but for the steps."""
     module = digits if config.dataset == "digits" else mnist
     run = module.Config(
@@ -98,25 +98,23 @@ def step_seconds(config: Config) -> dict[str, float]:
     if not path.exists():
         say("Timing the training steps ...")
         steps = {"_".join(kind): _step(config, *kind) for kind in KINDS}
-        times = flow_map_step.milliseconds(steps, config.timed_steps)
+        found = in_turn.medians(steps, config.timed_steps)
         config.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, {kind: float(np.median(found)) / 1e3 for kind, found in times.items()})
+        write_json(path, {kind: ms / 1e3 for kind, ms in found.items()})
     return json.loads(path.read_text())
 
 
 def _step(config: Config, network: str, optimizer: str) -> Callable[[], Any]:
     """One training step, of a new network."""
-    module, run = flags(config, network, optimizer, 0, "timed")
-    task = module.make_task(run)
-    batch = jax.tree.map(jnp.asarray, task.batch(np.arange(run.batch_size)))
-    step, state = jax.jit(task.step), task.init(jax.random.key(0))
-    return functools.partial(step, state, jax.random.key(1), batch)
+    module, run = run_config(config, network, optimizer, 0, "timed")
+    step, args = in_turn.training_step(module.make_task(run), run.batch_size)
+    return functools.partial(step, *args)
 
 
 def trained(config: Config, network: str, optimizer: str, seed: int) -> tuple[Trained, Any]:
     """A network, and what its training printed."""
     folder = f"{config.dataset}_{network}_{optimizer}_{config.minutes:g}min_s{seed}"
-    module, run = flags(config, network, optimizer, seed, folder)
+    module, run = run_config(config, network, optimizer, seed, folder)
     summary = config.workdir / folder / "summary.json"
     if not summary.exists():
         seconds = step_seconds(config)[f"{network}_{optimizer}"]
@@ -189,12 +187,12 @@ def _spread(values: list[float], digits_: int) -> str:
 def main(config: Config) -> dict[str, Any]:
     check_numbers(config, may_be_zero={"seeds"})
     check_seeds("seeds", config.seeds)
-    kind = {name: getattr(config, name) for name in ("adam_rate", "muon_rate", "num_samples")}
-    keep_settings(config.workdir, kind)
+    flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    shared = ("adam_rate", "muon_rate", "num_samples", "judge")  # by all rows of a folder
+    keep_settings(config.workdir, {name: flags[name] for name in shared})
     rows = [row(config, *kind, seed) for seed in config.seeds for kind in KINDS]
-    given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     record: dict[str, Any] = environment()
-    record["config"] = {name: given[name] for name in given if name not in ("workdir", "record")}
+    record["config"] = {name: flags[name] for name in flags if name not in ("workdir", "record")}
     record |= {"step_seconds": step_seconds(config), "rows": rows}
     print(table(record))
     if config.record is not None:

@@ -24,7 +24,6 @@ import functools
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax as fm
+from experiments import in_turn
 from fmjax import models
 from fmjax.harness import command
 from fmjax.harness.records import environment, write_json
@@ -131,22 +131,12 @@ def solves(velocity: fm.Velocity) -> dict[str, Callable[[jax.Array], Any]]:
     }
 
 
-def timed(ways: dict[str, Callable[[jax.Array], Any]], x0: jax.Array, n: int) -> dict[str, float]:
-    """The median seconds of each, interleaved, compiled before."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(n):
-        for name, solve in ways.items():
-            began = time.perf_counter()
-            jax.block_until_ready(solve(x0))
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
-
-
 def measure(velocity: fm.Velocity, x0: jax.Array, config: Config) -> list[dict[str, Any]]:
     """A row for each way to solve the batch."""
     ways = solves(velocity)
     results = {name: jax.block_until_ready(solve(x0)) for name, solve in ways.items()}
-    seconds = timed(ways, x0, config.repetitions)
+    calls = {name: functools.partial(solve, x0) for name, solve in ways.items()}
+    times = in_turn.medians(calls, config.repetitions)
     num_lanes, batch = max(1, len(x0) // 8), len(x0)
     needed = int(results["vmap"][1].sum())
     made = {
@@ -159,7 +149,12 @@ def measure(velocity: fm.Velocity, x0: jax.Array, config: Config) -> list[dict[s
     for name, result in results.items():
         off = np.linalg.norm((np.asarray(result[0], np.float64) - end).reshape(batch, -1), axis=1)
         errors = {"worst": float(off.max()), "median": float(np.median(off))}
-        row = {"way": name, "needed": own.get(name), "made": made[name], "seconds": seconds[name]}
+        row = {
+            "way": name,
+            "needed": own.get(name),
+            "made": made[name],
+            "seconds": times[name] / 1e3,
+        }
         rows.append(row | {"error": errors})
     return rows
 

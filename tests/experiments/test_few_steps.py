@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import few_steps, few_steps_report, few_steps_runs
+from experiments import few_steps, few_steps_report, few_steps_runs, in_turn
 from experiments.benchmarks import flow_map_step
 from fmjax import data
 from fmjax.evaluation import judging
@@ -150,3 +150,46 @@ def test_every_seed_has_real_images_of_its_own():
     assert (together[0][0] != together[1][0]).any()
     by_bytes = {x.tobytes(): y for x, y in zip(real.images, real.labels, strict=True)}
     assert [by_bytes[x.tobytes()] for x in alone[0]] == labels.tolist() == alone[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "flags, got", [({"methods": ("longer", "longer")}, "longer longer"), ({"steps": (2, 2)}, "2 2")]
+)
+def test_what_is_named_twice_is_refused(flags, got, tmp_path):
+    with pytest.raises(ValueError, match=f"must name each once; got {got}"):
+        few_steps.main(few_steps.Config(workdir=tmp_path / "runs", **flags))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_the_flow_and_what_is_asked_for_are_trained(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(few_steps, "trained", lambda config, name, seed: found.append((name, seed)))
+    monkeypatch.setattr(few_steps, "step_seconds", lambda config, name: 0.1)
+    monkeypatch.setattr(few_steps, "measure", lambda config, models: {"models": models})
+    monkeypatch.setattr(few_steps, "learned_figures", lambda *given: {})
+    monkeypatch.setattr(few_steps_report, "table", lambda record: "")
+    config = few_steps.Config(workdir=tmp_path, seeds=(0, 2), methods=("mean_flow",))
+    assert list(few_steps.main(config)["models"]) == ["flow", "mean_flow"]
+    assert found == [("flow", 0), ("mean_flow", 0), ("flow", 2), ("mean_flow", 2)]
+
+
+def test_steps_are_timed_beside_flow_matching_and_once(tmp_path, monkeypatch):
+    """What a method begins with too, though it isn't asked for; a slower day changes no ratio."""
+    known = {"flow_matching": 100.0, "mean_flow": 125.0, "adversary": 300.0, "reflow": 110.0}
+    turns, slower = [], 1.0
+
+    def medians(steps, repetitions):
+        turns.append(list(steps))
+        return {name: known[name] * slower for name in steps}
+
+    monkeypatch.setattr(in_turn, "medians", medians)
+    monkeypatch.setattr(few_steps_runs, "_step", lambda config, name: None)
+    config = few_steps.Config(workdir=tmp_path, methods=("adversary_longer", "reflow"))
+    for name in ("flow", "longer", "flow"):
+        assert few_steps_runs.step_seconds(config, name) == pytest.approx(0.1)
+    assert few_steps_runs.step_seconds(config, "adversary_longer") == pytest.approx(0.3)
+    slower = 2.0
+    assert few_steps_runs.step_seconds(config, "mean_flow") == pytest.approx(0.125)
+    assert few_steps_runs.step_seconds(config, "reflow") == pytest.approx(0.11)
+    both = [["flow_matching", "adversary"], ["flow_matching", "mean_flow"]]
+    assert turns == [*both, ["flow_matching", "reflow"]]

@@ -1,11 +1,14 @@
 """DiT beside the U-Net: how long every row trains, what it keeps, and the table."""
 
+import dataclasses
 import json
 
 import pytest
 from etils import epath
 
-from experiments.benchmarks import flow_map_step, networks
+from experiments import in_turn
+from experiments.benchmarks import networks
+from fmjax.evaluation import judging
 
 SECONDS = {"unet_adam": 0.5, "unet_muon": 0.6, "dit_adam": 0.75, "dit_muon": 1.0}
 
@@ -36,7 +39,7 @@ def timed(monkeypatch):
         assert list(steps) == list(SECONDS) and repetitions == 15
         return {name: [1e3 * SECONDS[name]] * 2 + [1e6] for name in steps}
 
-    monkeypatch.setattr(flow_map_step, "milliseconds", milliseconds)
+    monkeypatch.setattr(in_turn, "milliseconds", milliseconds)
     monkeypatch.setattr(networks, "_step", lambda *given: None)
 
 
@@ -80,3 +83,12 @@ def test_the_record_holds_rows_and_times_and_no_folder(timed, tmp_path, monkeypa
     assert [(r["network"], r["optimizer"], r["seed"]) for r in record["rows"]] == [
         (*kind, seed) for seed in (0, 1) for kind in networks.KINDS
     ]
+
+
+def test_a_folder_has_rows_under_one_judge(timed, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "row", lambda config, *kind: row(*kind, 1.0))
+    config = networks.Config(workdir=tmp_path)
+    networks.main(config)
+    other = dataclasses.replace(config, judge=judging.JudgeConfig(num_splits=5))
+    with pytest.raises(ValueError, match="num_splits.*--workdir"):
+        networks.main(other)
