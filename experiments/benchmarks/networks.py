@@ -117,8 +117,13 @@ def trained(config: Config, network: str, optimizer: str, seed: int) -> tuple[Tr
     module, run = run_config(config, network, optimizer, seed, folder)
     summary = config.workdir / folder / "summary.json"
     if not summary.exists():
-        seconds = step_seconds(config)[f"{network}_{optimizer}"]
-        num_steps = max(run.warmup_steps + 1, round(60 * config.minutes / seconds))
+        steps = {kind: round(60 * config.minutes / s) for kind, s in step_seconds(config).items()}
+        if min(steps.values()) <= run.warmup_steps:
+            raise ValueError(
+                f"--minutes must hold more steps than the {run.warmup_steps} of the warm-up; "
+                f"{config.minutes:g} hold {min(steps.values())}. Give more."
+            )
+        num_steps = steps[f"{network}_{optimizer}"]
         run = dataclasses.replace(run, num_steps=num_steps, decay_steps=num_steps)
         train(run, module.make_task)
     return read(epath.Path(config.workdir / folder)), json.loads(summary.read_text())

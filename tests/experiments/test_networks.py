@@ -67,6 +67,13 @@ def test_every_row_trains_for_its_minutes_and_is_else_the_same(timed, tmp_path, 
     assert len({tuple(str(getattr(run, name)) for name in shared) for run in trained}) == 1
 
 
+def test_minutes_that_the_slowest_row_can_not_warm_up_in_are_refused(timed, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "train", lambda *given: pytest.fail("trained"))
+    config = networks.Config(workdir=tmp_path, minutes=100 / 60)  # 200 steps of the fastest
+    with pytest.raises(ValueError, match="--minutes .* more steps than the 100 .* hold 100"):
+        networks.trained(config, "unet", "adam", 0)
+
+
 def test_a_row_that_is_kept_is_read(timed, tmp_path):
     kept = row("unet", "adam", 0, 1.0)
     (tmp_path / "digits_unet_adam_4min_s0.json").write_text(json.dumps(kept))
