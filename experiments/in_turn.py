@@ -11,7 +11,7 @@ import numpy as np
 from fmjax.harness.task import Task
 
 
-def milliseconds(ways: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+def milliseconds(ways: dict[Any, Callable[[], Any]], repetitions: int) -> dict[Any, list[float]]:
     """Every way `repetitions` times, after a first call of each that is not counted.
 
     Args:
@@ -21,7 +21,7 @@ def milliseconds(ways: dict[str, Callable[[], Any]], repetitions: int) -> dict[s
     Returns:
       name -> `repetitions` times in milliseconds.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[Any, list[float]] = {name: [] for name in ways}
     for _ in range(1 + repetitions):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -30,7 +30,7 @@ def milliseconds(ways: dict[str, Callable[[], Any]], repetitions: int) -> dict[s
     return {name: times[1:] for name, times in found.items()}
 
 
-def medians(ways: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+def medians(ways: dict[Any, Callable[[], Any]], repetitions: int) -> dict[Any, float]:
     """The median of each way's `milliseconds`."""
     return {name: float(np.median(ms)) for name, ms in milliseconds(ways, repetitions).items()}
 

@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.flow_map_step
 
-Time is the median over steps that are taken in turn, so that other work on the machine slows all of
-them; memory is what XLA plans for temporaries; compilation is one of each. On a CPU every network
-is also timed with the kernels that are made for it, which training takes from 300 steps on.
+Time is the median over steps that are taken in turn, all of one network, so that other work on the
+machine slows all of them; memory is what XLA plans for temporaries; compilation is one of each. On
+a CPU every network is also timed with the kernels that are made for it, which training takes from
+300 steps on.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -72,18 +74,17 @@ def main(config: Config) -> dict[str, Any]:
     rows, kinds = [], ("xla", "cpu") if jax.default_backend() == "cpu" else ("xla",)
     jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
     for network in config.networks:
-        for kernels in kinds:
-            steps, facts = {}, {}
-            for method in config.methods:
-                say(f"{network}, {kernels} kernels: {method} ...")
-                steps[method], facts[method] = compiled(config, network, kernels, method)
-            times = in_turn.milliseconds(steps, config.repetitions)
-            base = np.array(times["flow_matching"])
-            for method in config.methods:
-                row = {"network": network, "kernels": kernels, "method": method}
-                row |= {"step_ms": float(np.median(times[method]))}
-                row |= {"ratio": float(np.median(np.array(times[method]) / base))}
-                rows.append(row | facts[method])
+        steps, facts = {}, {}
+        for kernels, method in itertools.product(kinds, config.methods):
+            say(f"{network}, {kernels} kernels: {method} ...")
+            found = compiled(config, network, kernels, method)
+            steps[kernels, method], facts[kernels, method] = found
+        times = in_turn.milliseconds(steps, config.repetitions)
+        for kernels, method in steps:
+            row = {"network": network, "kernels": kernels, "method": method}
+            mine, base = (np.array(times[kernels, other]) for other in (method, "flow_matching"))
+            row |= {"step_ms": float(np.median(mine)), "ratio": float(np.median(mine / base))}
+            rows.append(row | facts[kernels, method])
     record = environment() | {"batch_size": config.batch_size, "rows": rows}
     print(table(record))
     if config.record is not None:
