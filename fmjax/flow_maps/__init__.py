@@ -11,6 +11,8 @@ from .consistency import consistency_loss as consistency_loss
 from .consistency import ect_next as ect_next
 from .consistency import ect_times as ect_times
 from .consistency import ect_weight as ect_weight
+from .drifting import drift as drift
+from .drifting import drifting_loss as drifting_loss
 from .fitting import FittedSolver as FittedSolver
 from .fitting import fit_solver as fit_solver
 from .losses import adaptive_weight as adaptive_weight

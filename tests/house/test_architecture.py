@@ -28,7 +28,7 @@ ARROWS = {
     "paths": {"types"},
     "couplings": {"types"},
     "solve": {"sources", "types"},
-    "flow_maps": {"paths", "solve", "times", "types"},
+    "flow_maps": {"couplings", "paths", "solve", "times", "types"},
     "models": {"types"},
     "weights": {"files", "types"},
     "inference": {"types"},
