@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
 
-from ..types import Velocity, as_batch, check_same_shape, checked, kind, wider
+from ..types import Velocity, as_batch, check_same_shape, checked, is_concrete, kind, wider
 from .solvers import NonStationary, check_solver
 
 
@@ -59,7 +60,8 @@ def fit_solver(
     """Fits the times and coefficients of a solver, so that it ends where the flow does.
 
     Every step costs n evaluations of the velocity, and n backward passes through it for each
-    projection. Wrap it in `jax.jit`, the parameters of the velocity being an argument.
+    projection, in the memory of 3 n batches and one such pass. Wrap it in `jax.jit`, the
+    parameters of the velocity being an argument.
 
     Args:
       velocity: `(t, x) -> u`, with t `[batch]`, as in training; what it closes over may be of the
@@ -76,7 +78,8 @@ def fit_solver(
 
     Raises:
       ValueError: as `apply_solver` does; if `x1` has another shape than `x0`; if a number is no
-        whole number in its range; if the fitted pairs have fewer residuals than the solver numbers.
+        whole number in its range; if the fitted pairs have fewer residuals than the solver numbers;
+        for pairs that are known not to be finite. Traced ones give a solver of NaN.
 
     Example:
       >>> from fmjax.flow_maps import from_euler
@@ -92,16 +95,19 @@ def fit_solver(
     check_same_shape("x0 and x1", x0, x1)
     dtype = wider(x0.dtype, jnp.float32)
     x0, x1 = x0.astype(dtype), x1.astype(dtype)
-    num_fitted = len(x0) - num_held_out
+    if is_concrete(x0, x1) and not all(np.isfinite(np.asarray(x)).all() for x in (x0, x1)):
+        raise ValueError("x0 and x1 must be finite; got pairs that are not. Leave them out.")
     theta, to_solver = _coordinates(NonStationary(*(jnp.asarray(p, dtype) for p in solver)))
     _check_numbers(num_steps, num_held_out, num_projections)
+    num_fitted = len(x0) - num_held_out
     _check_enough(num_fitted * min(math.prod(x0.shape[1:]), num_projections), theta.size)
     velocity = checked(velocity, dtype)
 
     residual = _compressed(velocity, to_solver, (x0, x1), num_fitted, num_projections)
     thetas, rms, held_out_rms = _levenberg_marquardt(residual, theta, num_steps)
-    best = jnp.nanargmin(held_out_rms)
-    return FittedSolver(to_solver(thetas[best]), rms, held_out_rms)
+    best = thetas[jnp.nanargmin(held_out_rms)]
+    finite = jnp.isfinite(x0).all() & jnp.isfinite(x1).all()
+    return FittedSolver(to_solver(jnp.where(finite, best, jnp.nan)), rms, held_out_rms)
 
 
 def _coordinates(solver: NonStationary) -> tuple[jax.Array, Any]:
@@ -179,16 +185,18 @@ def _ends(velocity: Any, to_solver: Any, thetas: jax.Array, x0: jax.Array) -> ja
     ts, a, b = jax.vmap(to_solver, out_axes=-1)(thetas)  # the examples' axis last
     velocity = jax.checkpoint(velocity)  # else the backward pass keeps n of them
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # else a factor is kept n times over
     def times(weights: jax.Array, x: jax.Array) -> jax.Array:
-        return weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim)) * x
+        return weights.reshape(weights.shape + (1,) * (x0.ndim - 1)) * x
 
+    # Every slope is added to all states that it is a part of, and need not be kept itself.
     def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> Any:
-        x, slopes = carry
-        slopes = slopes.at[i].set(velocity(ts[i], x))
-        return (times(a[i], x0) + jnp.sum(times(b[i], slopes), axis=0), slopes), None
+        x, sums = carry
+        sums += times(b[:, i], velocity(ts[i], x)[None])
+        return (times(a[i], x0) + sums[i], sums), None
 
-    slopes = jnp.zeros((len(ts), *x0.shape), x0.dtype)
-    (x, _), _ = jax.lax.scan(step, (x0, slopes), jnp.arange(len(ts)))
+    sums = jnp.zeros((len(ts), *x0.shape), x0.dtype)
+    (x, _), _ = jax.lax.scan(step, (x0, sums), jnp.arange(len(ts)))
     return x
 
 
@@ -222,7 +230,7 @@ def _check_numbers(steps: int, held_out: int, projections: int) -> None:
         ("num_held_out", held_out, 0),
         ("num_projections", projections, 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
             raise ValueError(
                 f"{name} must be a whole number from {least} on; got {kind(value)}. The defaults "
                 "are 30 steps, 0 pairs and 2 projections."

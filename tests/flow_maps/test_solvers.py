@@ -232,6 +232,26 @@ def test_bad_calls_are_refused():
         fit_solver(curved, from_euler(2), X0, X0, num_steps=0)
 
 
+def test_the_memory_of_a_fit_grows_with_the_evaluations_and_not_with_their_square():
+    x0 = jnp.zeros((16, 4096))
+
+    def temporaries(n):
+        fit = jit(lambda s: fit_solver(lambda t, x: -x, s, x0, x0, num_steps=1, num_projections=16))
+        return fit.lower(from_euler(n)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16) < 2.2 * temporaries(8)
+
+
+def test_pairs_that_are_not_finite_are_refused_or_give_no_solver():
+    x0 = jax.random.normal(jax.random.key(0), (16, 2))
+    for row in (0, 15):  # fitted, held out
+        x1 = (x0 / jnp.e).at[row].set(jnp.nan)
+        with pytest.raises(ValueError, match="must be finite"):
+            fit_solver(lambda t, x: -x, from_euler(2), x0, x1, num_held_out=4)
+        fit = jit(lambda x1: fit_solver(lambda t, x: -x, from_euler(2), x0, x1, num_held_out=4))
+        assert all(np.isnan(part).any() for part in fit(x1).solver)
+
+
 def test_fewer_than_two_hundred_numbers():
     solver = from_euler(17)
     check_solver(solver)
