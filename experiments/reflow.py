@@ -9,8 +9,9 @@ e^(4 t) + e^(4 (1 - t)), most at both ends (Lee et al. 2024, arXiv 2405.20320). 
 path is `cond_ot` can be the teacher.
 
 `summary.json` holds the mean straightness of both flows over unseen noise, the integral of
-|u - (x1 - x0)|^2 / D along a path (0 where it is a straight line), the mean cost of transport
-|x1 - x0|^2 / D, and how far one Euler step ends from the flow's own end, in root mean square.
+|u - (x1 - x0)|^2 / D along a path (0 where it is a straight line passed at a constant speed), the
+mean cost of transport |x1 - x0|^2 / D, and how far one Euler step ends from the flow's own end, in
+root mean square.
 """
 
 import dataclasses
@@ -57,6 +58,11 @@ def make_task(config: Config) -> harness.Task:
         path_sample, condition = drawn
         return fm.cfm_loss(task.velocity(params, condition), path_sample)
 
+    def jump(params, key, x0, condition, num_steps):
+        del key
+        velocity = task.velocity(params, condition)
+        return fm.sample(velocity, x0, solver=diffrax.Euler(), num_steps=num_steps)
+
     init, step = harness.from_loss(
         draw,
         loss,
@@ -72,8 +78,9 @@ def make_task(config: Config) -> harness.Task:
         finish=functools.partial(finish, teacher),
         evaluate=_as_teacher(teacher, task.evaluate),
         preview=_as_teacher(teacher, task.preview),
-        # The pairs are of known conditions: what the network makes of none is not trained.
-        samples=None if task.samples is None else task.samples._replace(null=None),
+        # The pairs are of known conditions: what the network makes of none is not trained, nor
+        # what a teacher with a horizon makes of one.
+        samples=None if task.samples is None else task.samples._replace(null=None, jump=jump),
         num_held_out=0,
         held_out=None,
         about="XLA's kernels, float32",  # the teacher's are for its own training

@@ -84,6 +84,35 @@ def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[
     return solve
 
 
+def make_jump(trained: Trained, num_steps: int) -> Callable[..., jax.Array]:
+    """`(keys, x0, condition) -> x1`, the run's own way to draw in so few evaluations, compiled.
+
+    A key, `[num]`, is one sample's, so that nothing depends on what else is in its batch.
+
+    Raises:
+      ValueError: if the run has no such way, or is guided.
+    """
+    samples = trained.task.samples
+    if samples is None or samples.jump is None:
+        raise ValueError(
+            f"Jumps need an average velocity; got a run of {trained.name}, a velocity alone. "
+            "Take a solver."
+        )
+    if trained.guidance != 1:
+        raise ValueError(
+            "Guidance is of a velocity, and an average velocity jumps without; got a scale of "
+            f"{trained.guidance}. Take 1, or a solver."
+        )
+    jump = samples.jump
+
+    def one(params: Any, key: jax.Array, x0: jax.Array, condition: Any) -> jax.Array:
+        x0, condition = jax.tree.map(lambda x: x[None], (x0, condition))
+        return jump(params, key, x0, condition, num_steps)[0]
+
+    every = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
+    return functools.partial(every, trained.params)
+
+
 def batches(
     solve: Solve,
     way: Way,

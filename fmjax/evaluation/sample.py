@@ -52,8 +52,8 @@ class Config:
     run was given; else those of held-out rows, by turns."""
     guidance: float = 1.0
     """Scale of the guidance; 1 is none. For a run with --conditional."""
-    solver: Literal["Euler", "Heun", "Midpoint", "Tsit5", "Dopri5"] = "Tsit5"
-    """Diffrax's solver of this name."""
+    solver: Literal["Euler", "Heun", "Midpoint", "Tsit5", "Dopri5", "jumps"] = "Tsit5"
+    """Diffrax's solver of this name; or the jumps of experiments.flow_map, --num-steps of them."""
     num_steps: int | None = None
     """Equal steps; without the flag steps are adaptive."""
     tolerance: float = 1e-3
@@ -132,6 +132,8 @@ def _check(config: Config) -> None:
     )
     check_seeds("seed", [config.seed])
     sharding.check_batch_size(config.batch_size, jax.local_device_count())
+    if config.num_steps is None and config.solver == "jumps":
+        raise ValueError("--solver jumps needs their number: give --num-steps, 1 for instance.")
     if config.num_steps is None and config.solver not in drawing.ADAPTIVE:
         raise ValueError(
             f"--solver {config.solver} has no error estimate: give --num-steps, or one of "
@@ -209,17 +211,22 @@ def _batches(
     """The batches of the samples, and the samples' conditions."""
     adaptive = None if config.num_steps else config.tolerance
     way = drawing.Way(config.solver, num_steps=config.num_steps, tolerance=adaptive)
-    integrate, size = drawing.make_solve(trained), min(config.batch_size, config.num)
+    size = min(config.batch_size, config.num)
+    integrate, jump = drawing.make_solve(trained), None
+    if config.solver == "jumps":
+        assert config.num_steps is not None  # _check
+        jump = drawing.make_jump(trained, config.num_steps)
     settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
     store = Store(drawn, "batches", settings | {"guidance": config.guidance})
     given = _given(config, samples)
 
     @jax.jit
-    def noise(key: jax.Array, rows: jax.Array) -> jax.Array:
-        def one(row: jax.Array) -> jax.Array:
-            return samples.source.sample(jax.random.fold_in(key, row), 1)[0]
+    def keys_of(key: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
-        return jax.vmap(one)(rows)
+    @jax.jit
+    def noise(each: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: samples.source.sample(key, 1)[0])(each)
 
     def condition(rows: np.ndarray) -> Any:
         if given is not None:
@@ -233,8 +240,11 @@ def _batches(
         name = f"batch_{i:06d}" + ("" if told is None else f"_{digests.hash_tree(told)[:8]}")
 
         def compute() -> Arrays:
-            x0 = np.asarray(noise(keys.key(config.seed, "drawn"), rows))
-            x1, _ = integrate(way, *put((x0, told)))
+            x0 = np.asarray(noise(keys_of(keys.key(config.seed, "drawn"), rows)))
+            if jump is None:
+                x1, _ = integrate(way, *put((x0, told)))
+            else:
+                x1 = jump(keys_of(keys.key(config.seed, "jumps"), rows), *put((x0, told)))
             return {"x1": np.asarray(x1)}
 
         return Batch(store, name, compute, "samples")

@@ -55,6 +55,8 @@ class Samples(NamedTuple):
         conditions are not numbers.
       single: `arrays of one sample -> uint8 [height, width, 1 or 3]`, pixel by pixel; None for what
         is no picture.
+      jump: `(params, key, x0, condition, num_steps) -> x1`, drawing in so many evaluations by a way
+        of the task's own, with its key for noise on the way; None for a velocity alone.
     """
 
     source: Source
@@ -66,6 +68,7 @@ class Samples(NamedTuple):
     single: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
     told: Callable[[Any], dict[str, np.ndarray]] | None = None
     given: Callable[[tuple[float, ...]], Any] | None = None
+    jump: Callable[[Any, jax.Array, jax.Array, Any, int], jax.Array] | None = None
 
 
 class Task(NamedTuple):

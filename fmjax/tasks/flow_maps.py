@@ -43,6 +43,15 @@ class FlowMapConfig(images.ImageConfig):
     """Steps over which alpha_flow's alpha falls, and consistency's pairs of times draw nearer."""
 
 
+def check_horizon(config: FlowMapConfig) -> None:
+    """Refuses a network that has no horizon."""
+    flags = "dit" if config.network == "dit" else "model"
+    if not getattr(config, flags).horizon:
+        raise ValueError(
+            f"An average velocity needs a network with a horizon; got none. Give --{flags}.horizon."
+        )
+
+
 def average_velocity_of(
     model: models.UNet | models.DiT, params: Any, labels: Any = None
 ) -> flow_maps.AverageVelocity:
@@ -81,11 +90,7 @@ def make_task(config: FlowMapConfig) -> Task:
     Raises:
       ValueError: for flags that can't work together; by what is read, as `data.load` does.
     """
-    flags = "dit" if config.network == "dit" else "model"
-    if not getattr(config, flags).horizon:
-        raise ValueError(
-            f"An average velocity needs a network with a horizon; got none. Give --{flags}.horizon."
-        )
+    check_horizon(config)
     if METHODS[config.method].anneals and config.accumulate > 1:
         raise ValueError(
             f"--accumulate needs a loss that is the same at every step; got {config.accumulate} "
@@ -121,12 +126,12 @@ def make_task(config: FlowMapConfig) -> Task:
 
 
 def with_few_steps(task: Task, pictures: images.Pictures, few: Callable[..., jax.Array]) -> Task:
-    """A task that also draws, at its end, by `few(params, key, x0, labels, num_steps)`."""
-    assert task.finish is not None  # of every image run
-    return task._replace(finish=functools.partial(_finish, task.finish, pictures, few))
+    """A task that also draws, at its end too, by `few(params, key, x0, labels, num_steps)`."""
+    assert task.finish is not None and task.samples is not None  # of every image run
+    finish = functools.partial(_finish, task.finish, pictures)
+    return task._replace(finish=finish, samples=task.samples._replace(jump=few))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def draw_in_few_steps(
     method: Method,
     model: models.UNet | models.DiT,
@@ -143,7 +148,6 @@ def draw_in_few_steps(
 def _finish(
     finish: Callable[..., dict[str, Any]],
     pictures: images.Pictures,
-    few: Callable[..., jax.Array],
     trained: Trained,
     folder: pathlib.Path,
     key: jax.Array,
@@ -157,6 +161,9 @@ def _finish(
     labels = np.arange(num, dtype=np.int32) % pictures.num_classes if config.conditional else None
     x0 = np.asarray(jax.random.normal(key_x0, (num, *pictures.event_shape)))
     given = jax.tree.map(lambda x: sharding.spread(x, mesh(config)), (x0, labels))
+    samples = trained.task.samples
+    assert samples is not None and samples.jump is not None  # with_few_steps, or a student's own
+    few = jax.jit(samples.jump, static_argnums=4)
     rows = [sharding.gathered(few(trained.params, key_way, *given, n)) for n in FEW]
     path = folder / "samples" / f"few_steps_{trained.step:08d}.png"
     if cluster.is_main():

@@ -115,7 +115,8 @@ class TeacherPairs:
 
     def as_teacher(self, trained: Trained) -> Trained:
         """A student under the teacher's flags, for what the teacher's task does with a run."""
-        return dataclasses.replace(trained, task=self.task, config=self.config)
+        task = self.task._replace(samples=trained.task.samples)
+        return dataclasses.replace(trained, task=task, config=self.config)
 
 
 def _open(folder: places.Folder, config: PairsConfig) -> tuple[Any, Task]:
