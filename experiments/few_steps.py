@@ -32,7 +32,15 @@ import numpy as np
 
 import fmjax as fm
 from experiments import few_steps_report
-from experiments.few_steps_runs import ALL, KIND, learned, learned_figures, step_seconds, trained
+from experiments.few_steps_runs import (
+    ALL,
+    KIND,
+    learned,
+    learned_figures,
+    run_config,
+    step_seconds,
+    trained,
+)
 from fmjax import plotting
 from fmjax.evaluation import judging
 from fmjax.flow_maps import apply_solver
@@ -76,9 +84,9 @@ class Config:
     """What sample quality is measured with."""
     record: pathlib.Path | None = None
     """A JSON file for the figures, in experiments/benchmarks/results for instance; one that
-    is there gains these seeds."""
+    is there gains these seeds, methods and steps."""
     picture: pathlib.Path | None = None
-    """A PNG of a few samples of each way."""
+    """A PNG of a few samples of each way of this call."""
 
 
 def solved(**options: Any) -> Way:
@@ -169,11 +177,24 @@ def draw(config: Config, name: str, label: str, way: Way, models: list[Trained])
     return found
 
 
-def measure(config: Config, models: dict[str, list[Trained]]) -> dict[str, Any]:
-    """A row for each training and way, each with what every seed gave, and real images'."""
-    run, num = models["flow"][0].config, config.num_samples
+def judge_of(config: Config) -> tuple[judging.Judge, images.Pictures]:
+    """What quality is measured with, refused if it can't be of so few samples; and the images."""
+    judging.check(config.judge)
+    run = run_config(config, "flow", config.seeds[0], 1)
     pictures = images.Pictures(run)
     judge = judging.make_judge(config.judge, images.real_images(run, pictures), BATCH)
+    judge.check_num_samples("--num-samples", config.num_samples)
+    return judge, pictures
+
+
+def measure(
+    config: Config,
+    models: dict[str, list[Trained]],
+    judge: judging.Judge,
+    pictures: images.Pictures,
+) -> dict[str, Any]:
+    """A row for each training and way, each with what every seed gave, and real images'."""
+    num = config.num_samples
     labels = models["flow"][0].condition(np.arange(num))
     rows, shown = [], []
     for name, of_seeds in models.items():
@@ -210,6 +231,7 @@ def main(config: Config) -> dict[str, Any]:
         few_steps_report.check_kind(known, config)
     kind = {name: getattr(config, name) for name in ("dataset", "minutes", "num_pairs")}
     keep_settings(config.workdir, kind)
+    judge, pictures = judge_of(config)  # before hours of training
     models: dict[str, list[Trained]] = {}
     for seed in config.seeds:
         for name in ("flow", *config.methods):
@@ -218,7 +240,7 @@ def main(config: Config) -> dict[str, Any]:
     record: dict[str, Any] = environment()
     record["config"] = {name: flags[name] for name in flags if name not in PLACES}
     record["step_seconds"] = {name: step_seconds(config, name) for name in models}
-    record |= measure(config, models)
+    record |= measure(config, models, judge, pictures)
     solvers = itertools.product(config.seeds, config.steps)
     record["learned"] = [learned_figures(config, seed, n) for seed, n in solvers]
     if config.record is not None:

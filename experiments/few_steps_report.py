@@ -157,7 +157,8 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     before = {(row["training"], row["way"]): row for row in old["samples"]}
     both = [_joined(before.get(k), rows.get(k)) for k in before | rows]
     config = new["config"] | {
-        name: sorted({*old["config"][name], *new["config"][name]}) for name in ("seeds", "methods")
+        name: sorted({*old["config"][name], *new["config"][name]})
+        for name in ("seeds", "methods", "steps")
     }
     fits = {(f["seed"], f["evaluations"]): f for f in old["learned"] + new["learned"]}
     return new | {

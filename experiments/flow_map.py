@@ -38,6 +38,7 @@ class Config(flow_maps.FlowMapConfig):
         horizon=True,
         time_scale=16.0,
     )
+    dit: images.DiTConfig = images.DiTConfig(horizon=True)
     eval_examples: int = 297
     eval_batch_size: int = 99
 

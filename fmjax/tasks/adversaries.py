@@ -26,7 +26,14 @@ from fmjax.harness.read import restore_params
 from fmjax.harness.task import Task
 from fmjax.tasks import images
 from fmjax.tasks.flow_map_methods import METHODS, Drawn
-from fmjax.tasks.flow_maps import FlowMapConfig, draw, draw_in_few_steps, with_few_steps
+from fmjax.tasks.flow_maps import (
+    FlowMapConfig,
+    check_horizon,
+    draw,
+    draw_in_few_steps,
+    with_few_steps,
+)
+from fmjax.tasks.image_networks import check_beginning
 from fmjax.training.checkpoints import steps_in
 
 
@@ -61,6 +68,7 @@ class AdversaryConfig(FlowMapConfig):
 
 
 def _check(config: AdversaryConfig) -> None:
+    check_horizon(config)
     for name in ("adversarial_weight", "transport_weight", "penalty"):
         value = getattr(config, name)
         if not 0 <= value < float("inf"):
@@ -85,6 +93,8 @@ def make_task(config: AdversaryConfig) -> Task:
       ValueError: for flags that can't work together; by what is read.
     """
     _check(config)
+    if config.known is None and config.generator is not None:
+        check_beginning(config, places.as_path(config.generator), "--generator")
     pictures = images.open_images(config)
     model = images.make_network(config, pictures.num_classes)
     known = pictures.num_classes if config.conditional else None

@@ -1,6 +1,7 @@
 """The network of image experiments: its flags, and what they make."""
 
 import dataclasses
+import json
 import math
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import models
+from fmjax.harness import places
 from fmjax.harness.config import mesh
 from fmjax.models import cpu
 from fmjax.models import kernels as xla
@@ -119,6 +121,45 @@ def check_network(config: Any, event_shape: tuple[int, ...] | None = None) -> No
             f"--{unused}.* is for --network {network}; got {getattr(config, unused)} with "
             f"--network {config.network}, whose flags are --{used}.*"
         )
+
+
+def check_beginning(config: Any, folder: places.Folder, flag: str) -> None:
+    """Refuses to begin with the parameters of a run of another network.
+
+    Args:
+      config: an `ImageConfig`.
+      folder: that run's. One without config.json is left to those who read its parameters.
+      flag: which names it.
+
+    Raises:
+      ValueError: naming the flags that make the folder's network.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    theirs = json.loads(path.read_text()).get("config", {})
+    group = "dit" if theirs.get("network") == "dit" else "model"
+    ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    named = {name: (theirs[name], ours[name]) for name in ("network", "conditional")}
+    named |= {
+        f"{group}.{name}": (value, ours[group].get(name))
+        for name, value in theirs[group].items()
+        if name != "dropout"  # has no parameters
+    }
+    if wrong := {name: value for name, (value, mine) in named.items() if value != mine}:
+        flags = " ".join(_as_flag(name, value) for name, value in wrong.items())
+        raise ValueError(
+            f"{flag} needs a run of the same network; got {folder}, which has {flags}. Give these."
+        )
+
+
+def _as_flag(name: str, value: Any) -> str:
+    *group, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        last, words = last if value else f"no-{last}", []
+    else:
+        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+    return " ".join([f"--{'.'.join([*group, last])}", *words])
 
 
 def init_params(

@@ -22,6 +22,7 @@ from fmjax import models, plotting, training
 from fmjax.data import pixels
 from fmjax.evaluation import images as evaluation
 from fmjax.evaluation.judging import RealImages
+from fmjax.harness import places
 from fmjax.harness.config import RunConfig
 from fmjax.harness.task import Init, Samples, Task
 from fmjax.models import kernels as xla
@@ -32,7 +33,7 @@ from fmjax.tasks.image_data import describe, load
 from fmjax.tasks.image_networks import KERNELS as KERNELS
 from fmjax.tasks.image_networks import DiTConfig as DiTConfig
 from fmjax.tasks.image_networks import UNetConfig as UNetConfig
-from fmjax.tasks.image_networks import check_network
+from fmjax.tasks.image_networks import check_beginning, check_network
 from fmjax.tasks.image_networks import choose_kernels as choose_kernels
 from fmjax.tasks.image_networks import init_params as init_params
 from fmjax.tasks.image_networks import make_network as make_network
@@ -100,6 +101,8 @@ def open_images(config: ImageConfig) -> Pictures:
     """
     check_conditions(config)
     check_network(config)
+    if config.known is None and config.init_from is not None:
+        check_beginning(config, places.as_path(config.init_from), "--init-from")
     pictures = Pictures(config)
     check_network(config, pictures.event_shape)
     if config.conditional and pictures.num_classes < 2:

@@ -14,9 +14,10 @@ from oracles import gaussian_average_velocity, jit
 from oracles import x64 as x64
 
 import fmjax as fm
-from experiments import adversary, flow_map
-from fmjax import models
-from fmjax.harness import train
+from experiments import adversary, digits, flow_map
+from fmjax import flow_maps, models
+from fmjax.evaluation import sample
+from fmjax.harness import keys, train
 from fmjax.harness.read import read
 from fmjax.tasks import adversaries
 from fmjax.tasks.flow_map_methods import (
@@ -25,6 +26,7 @@ from fmjax.tasks.flow_map_methods import (
     PATH,
     Drawn,
     falling_alpha,
+    path_sample,
 )
 from fmjax.tasks.flow_maps import average_velocity_of, network_of
 from fmjax.tasks.images import UNetConfig
@@ -195,6 +197,10 @@ def test_a_small_network_learns_to_draw(name):
     assert abs(x1.mean() - 2) < 0.06 and abs(x1.std() - 0.5) < 0.06, (x1.mean(), x1.std())
 
 
+def test_a_transformer_has_its_horizon_from_the_start():
+    assert flow_map.make_task(flow_map.Config(network="dit")).num_held_out > 0
+
+
 def test_a_network_without_a_horizon_is_refused():
     flat = dataclasses.replace(TINY, horizon=False)
     with pytest.raises(ValueError, match="Give --model.horizon"):
@@ -217,6 +223,7 @@ def test_a_run_of_each_method_goes_on_from_a_flow(tmp_path, name):
     config = dataclasses.replace(flow, workdir=tmp_path / name, method=name, init_from=flow.workdir)
     summary = train(dataclasses.replace(config, num_samples=10), flow_map.make_task)
     assert (tmp_path / name / summary["few_steps"]).exists()
+    check_jumps(config.folder, tmp_path / "drawn")
     trained = read(config.folder)
     t, x, labels = jnp.full(3, 0.4), jnp.ones((3, 8, 8, 1)), jnp.arange(3)
     average = average_velocity_of(network_of(trained), trained.params, labels)
@@ -224,10 +231,84 @@ def test_a_run_of_each_method_goes_on_from_a_flow(tmp_path, name):
     np.testing.assert_allclose(average(t, t, x), u, rtol=1e-5, atol=1e-6)
 
 
+def check_jumps(folder, out):
+    """Samples by the method's own way, which are theirs alone whatever is drawn beside them."""
+    found = {}
+    for num, size in ((20, 16), (5, 8)):
+        flags = {"num": num, "batch_size": size, "out": out / f"{num}.npz", "format": "npz"}
+        sample.main(sample.Config(folder, solver="jumps", num_steps=2, seed=3, **flags))
+        found[num] = np.load(out / f"{num}.npz")["images"].astype(int)
+    assert (found[20][:5] == found[5]).mean() > 0.99  # rounding crosses a level once in a while
+    trained = read(folder)
+    assert trained.task.samples is not None
+    key, key_jump = keys.key(3, "drawn"), keys.key(3, "jumps")
+    x0 = trained.source.sample(jax.random.fold_in(key, 1), 1)
+    given = trained.params, jax.random.fold_in(key_jump, 1), x0, np.array([1], np.int32), 2
+    by_hand = trained.task.samples.arrays(trained.task.samples.jump(*given))["images"][0]
+    assert (found[20][1] == by_hand).mean() > 0.95
+    steps = [METHODS["mean_flow"], METHODS["consistency"]]
+    average = average_velocity_of(network_of(trained), trained.params, given[3])
+    drawn = [method.sample(given[1], average, x0, 2) for method in steps]
+    ways = [trained.task.samples.arrays(x1)["images"][0] for x1 in drawn]
+    renoises = trained.config.method == "consistency"
+    assert (by_hand == ways[renoises]).mean() > 0.95 > (by_hand == ways[not renoises]).mean()
+
+
+@pytest.mark.slow
+def test_jumps_are_of_average_velocities_and_unguided(tmp_path):
+    flow = flow_map.Config(workdir=tmp_path / "flow", method="mean_flow", **SMALL)
+    train(flow, flow_map.make_task)
+    flags = {"solver": "jumps", "num_steps": 1, "num": 4}
+    with pytest.raises(ValueError, match="Guidance is of a velocity.*got a scale of 2"):
+        sample.main(sample.Config(flow.folder, guidance=2.0, **flags))
+    with pytest.raises(ValueError, match="give --num-steps"):
+        sample.main(sample.Config(flow.folder, solver="jumps"))
+    plain = digits.Config(workdir=tmp_path / "digits", num_steps=1, num_samples=0, eval_examples=0)
+    plain = dataclasses.replace(plain, model=TINY, preview_every=0, warmup_steps=0)
+    train(plain, digits.make_task)
+    with pytest.raises(ValueError, match="a run of digits, a velocity alone"):
+        sample.main(sample.Config(plain.folder, **flags))
+
+
+@pytest.mark.slow
+def test_another_network_to_begin_with_is_named_by_its_flags(tmp_path):
+    flow = flow_map.Config(workdir=tmp_path / "flow", method="flow_matching", **SMALL)
+    train(flow, flow_map.make_task)
+    other = dataclasses.replace(TINY, channels=16, attention_resolutions=(4,))
+    begun = dataclasses.replace(flow, init_from=flow.folder, model=other, workdir=tmp_path / "b")
+    flags = f"--model.channels {TINY.channels} --model.attention-resolutions"
+    with pytest.raises(ValueError, match=f"--init-from needs.*which has {flags}. Give these"):
+        flow_map.make_task(begun)
+    with pytest.raises(ValueError, match="which has --network unet --model.channels 8"):
+        usual = dataclasses.replace(begun, network="dit", model=flow_map.Config.model)
+        flow_map.make_task(usual)
+    with pytest.raises(ValueError, match="--generator needs.*which has --conditional. Give"):
+        made_adversary(generator=flow.folder, conditional=False)
+    dropped = dataclasses.replace(TINY, dropout=0.1)
+    flow_map.make_task(dataclasses.replace(begun, model=dropped))
+    nowhere = dataclasses.replace(begun, model=TINY, init_from=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere, which does not exist. Train"):
+        train(nowhere, flow_map.make_task)
+
+
+def test_the_weight_of_mean_flow_is_of_the_sum_over_the_event():
+    """l / (l + 1e-3 / D)^.75 of a mean square l, for D = 3 and losses about that epsilon."""
+    x0, x1 = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    t, s = jnp.full(4, 0.2), jnp.array([0.2, 0.3, 0.6, 1.0])
+    drawn = Drawn(x0, x1, t, s)
+
+    def near(t, s, x):
+        return x1 - x0 + 0.03
+
+    plain = flow_maps.mean_flow_loss(near, path_sample(drawn), s)
+    np.testing.assert_allclose(plain, 9e-4, rtol=1e-3)
+    got = METHODS["mean_flow"].loss(near, drawn, jnp.zeros(()))
+    np.testing.assert_allclose(got, plain / (plain + 1e-3 / 3) ** 0.75, rtol=1e-5)
+
+
 def made_adversary(**flags):
-    config = adversary.Config(
-        **SMALL | {"discriminator": adversaries.DiscriminatorConfig(4, (1, 2))}, **flags
-    )
+    small = SMALL | {"discriminator": adversaries.DiscriminatorConfig(4, (1, 2))}
+    config = adversary.Config(**small | flags)
     task = adversary.make_task(config)
     return config, task, jax.jit(task.init)(jax.random.key(0))
 
@@ -300,6 +381,7 @@ def test_four_devices_that_share_the_state_train_as_one(tmp_path, module):
     ("flags", "said"),
     [
         ({"init_from": "runs/flow"}, "Give --generator runs/flow"),
+        ({"model": dataclasses.replace(TINY, horizon=False)}, "Give --model.horizon"),
         ({"method": "alpha_flow"}, "got --method alpha_flow"),
         ({"penalty": -1.0}, "--penalty must be finite"),
     ],
