@@ -11,7 +11,13 @@ Heun at as many evaluations and Tsit5 at the next count that it knows (6 a step 
 what factor the learnt one is closer.
 
 The pairs are kept in RUN/pairs, for other numbers of evaluations too. The solver is
-RUN/learned_solver_8.json; `read_solver` reads it for the parameters it was fitted to.
+RUN/learned_solver_8.json; `read_solver` reads it for the parameters it was fitted to. Samples:
+
+    trained = fmjax.harness.read.read(pathlib.Path("runs/digits"))
+    solver = learned_solver.read_solver("runs/digits", trained, 8)
+    x0 = trained.source.sample(jax.random.key(0), 10)
+    velocity = trained.velocity(trained.params, jnp.arange(10))
+    digits = fmjax.flow_maps.apply_solver(velocity, solver, x0)
 """
 
 import dataclasses
@@ -33,6 +39,7 @@ from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.read import read
 from fmjax.harness.records import environment, write_json
 from fmjax.harness.share import put
+from fmjax.harness.start import say
 from fmjax.tasks import pairs
 
 
@@ -104,6 +111,7 @@ def main(config: Config) -> dict[str, Any]:
         jax.tree.map(lambda x, rows=rows: x[rows], tuple(found))
         for rows in (slice(num_fit), slice(num_fit, None))
     )
+    say(f"Fitting a solver of {n} evaluations ...")
     began = time.perf_counter()
     fitted, start = fit(config, trained, *known)
     seconds = time.perf_counter() - began
@@ -223,7 +231,7 @@ def _show(record: dict[str, Any], path: Any) -> None:
     learnt = next(iter(rms.values()))
     print(f"{'solver, evaluations':<22}{'RMS':>10}{'factor':>9}")
     for name, value in rms.items():
-        print(f"{name:<22}{value:>10.5f}{value / learnt:>9.1f}")
+        print(f"{name:<22}{value:>10.5f}{value / learnt:>9.2f}")
     print(
         f"fitted in {record['fit_seconds']} s from {record['start']}; held out "
         f"{min(record['held_out_rms']):.5f}; in {path}"

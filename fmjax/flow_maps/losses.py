@@ -263,6 +263,7 @@ def adaptive_weight(
     fix = "The published 1e-3 is that of a sum: take 1e-3 / D for a mean over D numbers"
     check_number("epsilon", epsilon, fix, positive=True)
     power, epsilon = (jnp.asarray(value, loss.dtype) for value in (power, epsilon))
+    epsilon = jnp.maximum(epsilon, jnp.finfo(loss.dtype).tiny)  # which a cast may round to zero
     return loss / jax.lax.stop_gradient((loss + epsilon) ** power)
 
 

@@ -89,7 +89,8 @@ def straightness(velocity: Velocity, x0: jax.Array, **options: Unpack[SolveOptio
       **options: `SolveOptions`. The integral is one more state of the solve, with its tolerance.
 
     Returns:
-      `[batch]`, in at least float32, in the unit of x squared, not negative; 0 for straight paths.
+      `[batch]`, over the times of the solve, [0, 1] without options, whichever way it goes; in at
+      least float32, in the unit of x squared, not negative; 0 for straight paths.
       Its mean over x0 divided by the mean of `transport_cost` has no unit.
 
     Raises:
@@ -112,4 +113,4 @@ def straightness(velocity: Velocity, x0: jax.Array, **options: Unpack[SolveOptio
         return u, jnp.mean(jnp.square(u - speed), axis=range(1, u.ndim))
 
     _, (_, integral), _ = solve(field, (x0, jnp.zeros(x0.shape[:1], dtype)), **options)
-    return integral[-1]
+    return jnp.abs(integral[-1])  # which backwards in time counts down

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..paths.affine import AffinePath, as_time, check_path, weights
-from ..types import as_batch, broadcast_time, is_concrete, wider
+from ..types import as_batch, broadcast_time, is_concrete, kind, wider
 from .average import AverageVelocity, flow_map
 
 
@@ -112,12 +112,12 @@ def _renoising(path: AffinePath, t: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _as_grid(ts: Any) -> jax.Array:
-    ts = as_time(ts, "ts")
-    if ts.ndim != 1 or len(ts) < 2:
+    if np.ndim(ts) != 1 or len(ts) < 2:
         raise ValueError(
-            f"ts must be [num_steps + 1], at least two times; got {ts.shape}. "
+            f"ts must be [num_steps + 1], at least two times; got {kind(ts)}. "
             "jnp.linspace(0, 1, num_steps + 1) makes equal steps."
         )
+    ts = as_time(ts, "ts")
     if is_concrete(ts) and (np.asarray(ts)[1:] < np.asarray(ts)[:-1]).any():
         raise ValueError(f"ts must ascend, from the source to the data; got {ts}. Try ts[::-1].")
     return ts

@@ -78,7 +78,8 @@ def ordered_times(
 
     Raises:
       ValueError: if a sampler or the order can't be called, or `equal` is no probability; by the
-        function, if a sampler returns another shape.
+        function, if a sampler or the order returns another shape, or the order, as far as it is
+        known, a t > s.
 
     Example:
       >>> from fmjax.times import logit_normal
@@ -101,7 +102,12 @@ def ordered_times(
         key_start, key_end, key_equal = jax.random.split(key, 3)
         first = returned("start", start(key_start, shape), shape)
         second = returned("end", end(key_end, shape), shape)
-        t, s = order(first, second)
+        ordered = order(first, second)
+        if not isinstance(ordered, tuple) or len(ordered) != 2:
+            raise ValueError(f"order must return TimePair(t, s); got {kind(ordered)}.")
+        t, s = (returned("order", part, shape) for part in ordered)
+        if is_concrete(t, s) and (np.asarray(t) > np.asarray(s)).any():
+            raise ValueError("order must return t <= s; got a pair with t > s. Exchange the two.")
         return TimePair(t, jnp.where(jax.random.uniform(key_equal, shape) < equal, t, s))
 
     return times

@@ -44,7 +44,7 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
         )
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
@@ -63,9 +63,10 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
       (2, 8, 12, 3)
     """
     batch, (rows, columns) = tokens.shape[0], grid
-    x = tokens.reshape(batch, rows, columns, patch_size, patch_size, -1)
+    channels = tokens.shape[-1] // patch_size**2
+    x = tokens.reshape(batch, rows, columns, patch_size, patch_size, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, rows * patch_size, columns * patch_size, -1)
+    return x.reshape(batch, rows * patch_size, columns * patch_size, channels)
 
 
 def rotary_angles(grid: tuple[int, int], head_size: int) -> np.ndarray:

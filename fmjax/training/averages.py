@@ -19,6 +19,7 @@ import optax
 
 from ..types import check_number
 
+_NARROWEST = 1e-6
 _WIDEST = 12**-0.5  # of gamma = 0, the mean over all steps
 
 
@@ -29,14 +30,14 @@ def power_ema(std: float) -> optax.Schedule:
 
     Args:
       std: the standard deviation of the weights over the run's steps, as a share of their number,
-        in (0, 0.2886]. EDM2's best are about 0.05 to 0.15; the widest is the mean of all steps.
+        in [1e-6, 0.2886]. EDM2's best are about 0.05 to 0.15; the widest is the mean of all steps.
 
     Returns:
       A schedule of decays in [0, 1). In float32 a decay rounds to 6e-8, and what it leaves for the
       new parameters to n 6e-8 / (gamma + 1) of itself: less than 1 % in a million steps.
 
     Raises:
-      ValueError: if `std` is no number in (0, 0.2886].
+      ValueError: if `std` is no number in [1e-6, 0.2886].
 
     Example:
       >>> decay = power_ema(0.0905)
@@ -46,10 +47,10 @@ def power_ema(std: float) -> optax.Schedule:
     Source: Karras et al. 2024, arXiv 2312.02696, section 3.1.
     """
     check_number("std", std, "The usual value is 0.1", positive=True)
-    if std > _WIDEST:
+    if not _NARROWEST <= std <= _WIDEST:
         raise ValueError(
-            f"std must be at most 0.2886, that of the mean over all steps; got {std}. The usual "
-            "value is 0.1."
+            f"std must be in [{_NARROWEST}, 0.2886], whose end is the mean over all steps; got "
+            f"{std}. The usual value is 0.1."
         )
     # (g + 2)^2 (g + 3) = (g + 1) / std^2, whose largest root is that of the narrower profile.
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])

@@ -153,7 +153,11 @@ MLP = models.MLP(features=(4,))
         ),
         (
             lambda _, x: flow_maps.sample_steps(lambda t, s, x: x, x, jnp.array(1.0)),
-            r"\[num_steps \+ 1\], at least two times; got \(\)",
+            r"\[num_steps \+ 1\], at least two times; got float32 \(\)",
+        ),
+        (
+            lambda _, x: flow_maps.sample_steps(lambda t, s, x: x, x, cast(Any, 4)),
+            r"\[num_steps \+ 1\], at least two times; got 4. jnp.linspace",
         ),
         (
             lambda _, x: flow_maps.sample_renoised(

@@ -322,6 +322,8 @@ def test_the_adaptive_weight_of_a_mean_is_that_of_the_sum(x64):
     np.testing.assert_allclose(slope(total), (total + 1e-3) ** -power, rtol=1e-12)
     np.testing.assert_allclose(flow_maps.adaptive_weight(total, power=0, epsilon=1.0), total)
     root = jax.grad(lambda a: flow_maps.adaptive_weight(a, power=0.5, epsilon=1e-12).sum())
+    least = flow_maps.adaptive_weight(jnp.zeros(1, jnp.float32), power=0.75, epsilon=1e-50)
+    np.testing.assert_array_equal(least, 0.0)  # an epsilon that is none in float32
     np.testing.assert_allclose(root(total), 2 * jax.vmap(jax.grad(jnp.sqrt))(total), rtol=1e-6)
 
 

@@ -59,6 +59,9 @@ def test_equal_may_be_traced_and_a_share_is_drawn_example_by_example():
         ({"equal": "half"}, "equal must be a probability"),
         ({"start": 0.5}, r"start must be a sampler \(key, shape\) -> t; got 0.5"),
         ({"order": "sort"}, r"order must be \(start, end\) -> TimePair"),
+        ({"order": lambda t, s: None}, r"order must return TimePair\(t, s\); got None"),
+        ({"order": lambda t, s: (t[0], s)}, r"order must return .* shape \(4,\)"),
+        ({"order": lambda t, s: (t + 1, s)}, "order must return t <= s"),
         ({"end": lambda key, shape: jnp.zeros(3)}, r"end must return .* shape \(4,\)"),
     ],
 )

@@ -142,6 +142,11 @@ def test_a_batch_is_the_map_of_its_examples():
 
 
 @pytest.mark.slow
+def test_an_empty_batch_is_one():
+    params, empty = build()[0], jnp.zeros((0, *EVENT))
+    assert MODEL.apply(params, jnp.zeros(0), empty).shape == empty.shape
+
+
 def test_remat_changes_no_number():
     params, _, _ = build()
     t, h, x = points()

@@ -232,6 +232,6 @@ def test_the_usual_warm_up_is_the_power_eight():
     weight = 1 - np.asarray(training.power_ema(std)(n), np.float64)
     # 1 - d is 9 / n up to a relative 10 / n.
     np.testing.assert_allclose(weight, 9 / (10 + np.asarray(n)), rtol=1.2e-2)
-    for wrong in (0.0, 0.3, np.nan, None):
+    for wrong in (0.0, 1e-170, 0.3, np.nan, None):
         with pytest.raises(ValueError, match="std must be"):
             training.power_ema(wrong)
