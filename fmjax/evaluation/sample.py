@@ -53,7 +53,7 @@ class Config:
     guidance: float = 1.0
     """Scale of the guidance; 1 is none. For a run with --conditional."""
     solver: Literal["Euler", "Heun", "Midpoint", "Tsit5", "Dopri5", "jumps"] = "Tsit5"
-    """Diffrax's solver of this name; or the jumps of experiments.flow_map, --num-steps of them."""
+    """Diffrax's solver of this name; or an average velocity's own jumps, --num-steps of them."""
     num_steps: int | None = None
     """Equal steps; without the flag steps are adaptive."""
     tolerance: float = 1e-3

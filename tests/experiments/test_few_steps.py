@@ -3,6 +3,8 @@
 import copy
 import json
 import pathlib
+import types
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def row(training, way, seeds, fd):
 def record(seeds, *rows):
     real = row("", "", seeds, [0.05] * len(seeds))
     times = {"flow": 0.1, "mean_flow": 0.125}
-    config = CONFIG | {"seeds": seeds, "methods": [r["training"] for r in rows]}
+    config = CONFIG | {"seeds": seeds, "methods": [r["training"] for r in rows], "steps": [2]}
     fits = [fit(seed, 0.1 * (1 + seed)) for seed in seeds]
     found = {"config": config, "samples": list(rows), "real": real, "learned": fits}
     return found | {"step_seconds": times, "judge": {"encoder": "e"}}
@@ -44,11 +46,13 @@ def test_a_record_gains_seeds_and_newer_figures_count():
     )
     added = row("mean_flow", "1", [1, 2], [4.0, 4.0])
     new = record([1, 2], row("flow", "Euler, 2", [1, 2], [3.0, 5.0]), added)
+    new["config"]["steps"] = [1]
     kept = copy.deepcopy(old)
     both = few_steps_report.merged(old, new)
     flow, longer, mean_flow = both["samples"]
     assert mean_flow == added and both["config"]["seeds"] == [0, 1, 2]
     assert both["config"]["methods"] == ["flow", "longer", "mean_flow"]
+    assert both["config"]["steps"] == [1, 2]
     assert both["learned"] == [fit(seed, 0.1 * (1 + seed)) for seed in range(3)]
     assert flow["seeds"] == [0, 1, 2] and flow["fd"] == [1.0, 3.0, 5.0]
     assert flow["num_steps"] == [100, 101, 102]
@@ -165,12 +169,22 @@ def test_only_the_flow_and_what_is_asked_for_are_trained(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(few_steps, "trained", lambda config, name, seed: found.append((name, seed)))
     monkeypatch.setattr(few_steps, "step_seconds", lambda config, name: 0.1)
-    monkeypatch.setattr(few_steps, "measure", lambda config, models: {"models": models})
+    monkeypatch.setattr(few_steps, "judge_of", lambda config: (None, None))
+    monkeypatch.setattr(few_steps, "measure", lambda config, models, *judge: {"models": models})
     monkeypatch.setattr(few_steps, "learned_figures", lambda *given: {})
     monkeypatch.setattr(few_steps_report, "table", lambda record: "")
     config = few_steps.Config(workdir=tmp_path, seeds=(0, 2), methods=("mean_flow",))
     assert list(few_steps.main(config)["models"]) == ["flow", "mean_flow"]
     assert found == [("flow", 0), ("mean_flow", 0), ("flow", 2), ("mean_flow", 2)]
+
+
+def test_too_few_samples_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    encoder: Any = types.SimpleNamespace(num_features=64)
+    judge = judging.Judge(encoder, cast(Any, None), 10, 10, False, {})
+    monkeypatch.setattr(judging, "make_judge", lambda *given: judge)
+    monkeypatch.setattr(few_steps, "trained", None)  # which can't be called
+    with pytest.raises(ValueError, match="got --num-samples 64. Draw at least 73"):
+        few_steps.main(few_steps.Config(workdir=tmp_path / "runs", num_samples=64))
 
 
 def test_steps_are_timed_beside_flow_matching_and_once(tmp_path, monkeypatch):

@@ -151,10 +151,10 @@ def test_purposes_have_keys_of_their_own():
     """One number each, for good: another would change what is drawn."""
     assert keys.PURPOSES == {
         "parameters": 0, "training": 1, "finish": 2, "preview": 3, "held out": 4, "samples": 5,
-        "likelihood": 6, "curve": 7, "drawn": 8, "pairs": 9,
+        "likelihood": 6, "curve": 7, "drawn": 8, "pairs": 9, "jumps": 10,
     }  # fmt: skip
     found = [keys.key(seed, purpose) for seed in (0, 1) for purpose in keys.PURPOSES]
-    assert len({jax.random.key_data(key).tobytes() for key in found}) == 2 * 10
+    assert len({jax.random.key_data(key).tobytes() for key in found}) == 2 * len(keys.PURPOSES)
     want = jax.random.fold_in(jax.random.key(3), 6)
     assert (keys.key(3, "likelihood") == want).all()
 
