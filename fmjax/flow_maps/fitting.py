@@ -185,7 +185,6 @@ def _ends(velocity: Any, to_solver: Any, thetas: jax.Array, x0: jax.Array) -> ja
     ts, a, b = jax.vmap(to_solver, out_axes=-1)(thetas)  # the examples' axis last
     velocity = jax.checkpoint(velocity)  # else the backward pass keeps n of them
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # else a factor is kept n times over
     def times(weights: jax.Array, x: jax.Array) -> jax.Array:
         return weights.reshape(weights.shape + (1,) * (x0.ndim - 1)) * x
 
