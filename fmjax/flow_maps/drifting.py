@@ -15,13 +15,14 @@ The published models drift in the features of a trained encoder, and not in pixe
 Source: Deng et al. 2026, arXiv 2602.04770.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..couplings.points import distances
+from ..couplings.points import distances, power_of_two
 from ..types import as_batch, check_number, kind, wider
 
 _TEMPERATURES = (0.02, 0.05, 0.2)
@@ -97,56 +98,63 @@ def _drift(
     temperatures: Sequence[float],
 ) -> tuple[jax.Array, jax.Array]:
     """V / S and S."""
-    sets = {"x": as_batch("x", x), "positives": as_batch("positives", positives)}
-    alone = negatives is None
-    sets["negatives"] = sets["x"] if negatives is None else as_batch("negatives", negatives)
-    for name, points in sets.items():
-        if not points.size or points.shape[1:] != sets["x"].shape[1:]:
-            raise ValueError(
-                f"{name} must be [number, *event] and not empty, with the event shape of x; got "
-                f"{points.shape} and x {sets['x'].shape}."
-            )
-    if alone and len(sets["x"]) < 2:
+    sets = _sets(x, positives, x if negatives is None else negatives)
+    if negatives is None and len(sets[0]) < 2:
         raise ValueError("x must be two examples or more, which push each other; got 1.")
     _check_temperatures(temperatures)
 
-    dtype = jnp.float32
-    for points in sets.values():
-        dtype = wider(dtype, points.dtype)
-    flat = [lax.stop_gradient(s).reshape(len(s), -1).astype(dtype) for s in sets.values()]
-    origin = jnp.mean(flat[1], axis=0, keepdims=True)  # an offset would cost digits
-    points, plus, minus = (rows - jnp.broadcast_to(origin, rows.shape) for rows in flat)
+    dtype = functools.reduce(wider, (s.dtype for s in sets), jnp.dtype(jnp.float32))
+    flat = [lax.stop_gradient(s).reshape(len(s), -1).astype(dtype) for s in sets]
+    scale = power_of_two(*flat)  # squares neither overflow nor vanish
+    origin = jnp.mean(flat[1] / scale, axis=0, keepdims=True)  # an offset would cost digits
+    points, plus, minus = (s / scale - jnp.broadcast_to(origin, s.shape) for s in flat)
     apart = jnp.sqrt(distances(points, jnp.concatenate([minus, plus])))
     pairs = jnp.ones(apart.shape, bool)
-    if alone:
+    if negatives is None:
         pairs &= ~jnp.eye(*apart.shape, dtype=bool)
     mean = jnp.mean(apart, where=pairs)
-    mean = jnp.where(mean > 0, mean, 1)
+    mean = jnp.where(mean == 0, 1, mean)
 
-    total = jnp.zeros_like(points)
-    for temperature in temperatures:
-        logits = jnp.where(pairs, -apart / (mean * temperature), -jnp.inf)
-        log_a = (jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0)) / 2
-        log_minus, log_plus = log_a[:, : len(minus)], log_a[:, len(minus) :]
-        # Weights of each x, a(x, p) sum_n a(x, n), of which all share one factor.
-        to_plus = log_plus + jax.nn.logsumexp(log_minus, axis=1, keepdims=True)
-        to_minus = log_minus + jax.nn.logsumexp(log_plus, axis=1, keepdims=True)
-        largest = jnp.maximum(to_plus.max(), to_minus.max())
-        toward, away = (
-            jnp.matmul(jnp.exp(weights - largest), rows, precision="highest")
-            for weights, rows in ((to_plus, plus), (to_minus, minus))
-        )
-        force = toward - away
-        # What two equal sums leave is rounding, that of the logits, and is not brought to 1.
-        least = 32 * jnp.finfo(dtype).eps * (1 + 1 / temperature) * (_rms(toward) + _rms(away))
-        size = jnp.maximum(_rms(force), least)
-        total += force / jnp.where(size > 0, size, 1)
-    unit = mean / points.shape[1] ** 0.5
-    return total.reshape(sets["x"].shape), unit
+    logits = jnp.where(pairs, -apart / mean, -jnp.inf)
+    forces = [_force(logits, plus, minus, temperature) for temperature in temperatures]
+    total = jnp.sum(jnp.stack(forces), axis=0)
+    return total.reshape(sets[0].shape), scale * mean / points.shape[1] ** 0.5
+
+
+def _force(logits: jax.Array, plus: jax.Array, minus: jax.Array, temperature: float) -> jax.Array:
+    """F of every x, of root mean square 1; zero where it is rounding."""
+    logits /= temperature
+    log_a = (jax.nn.log_softmax(logits, axis=1) + jax.nn.log_softmax(logits, axis=0)) / 2
+    log_minus, log_plus = log_a[:, : len(minus)], log_a[:, len(minus) :]
+    # Weights of each x, a(x, p) sum_n a(x, n), of which all share one factor.
+    to_plus = log_plus + jax.nn.logsumexp(log_minus, axis=1, keepdims=True)
+    to_minus = log_minus + jax.nn.logsumexp(log_plus, axis=1, keepdims=True)
+    largest = jnp.maximum(to_plus.max(), to_minus.max())
+    toward, away = (
+        jnp.matmul(jnp.exp(weights - largest), rows, precision="highest")
+        for weights, rows in ((to_plus, plus), (to_minus, minus))
+    )
+    # What two equal sums leave is rounding, that of the logits, and is not brought to 1.
+    rounding = 32 * jnp.finfo(logits.dtype).eps * (1 + 1 / temperature)
+    size = jnp.maximum(_rms(toward - away), rounding * (_rms(toward) + _rms(away)))
+    return (toward - away) / jnp.where(size == 0, 1, size)
 
 
 def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def _sets(*given: jax.Array) -> list[jax.Array]:
+    """x, positives and negatives, of one event shape and none of them empty."""
+    names = ("x", "positives", "negatives")
+    sets = [as_batch(name, points) for name, points in zip(names, given, strict=True)]
+    for name, points in zip(names, sets, strict=True):
+        if not points.size or points.shape[1:] != sets[0].shape[1:]:
+            raise ValueError(
+                f"{name} must be [number, *event] and not empty, with the event shape of x; got "
+                f"{points.shape} and x {sets[0].shape}."
+            )
+    return sets
 
 
 def _check_temperatures(temperatures: Sequence[float]) -> None:

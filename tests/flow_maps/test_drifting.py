@@ -86,6 +86,14 @@ def test_it_moves_turns_and_grows_with_the_points(x64):
     np.testing.assert_allclose(drift(*images), expected[..., None], rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_neither_overflow_nor_vanish(scale):
+    sets = [jnp.asarray(points, jnp.float32) for points in (X, P, N)]
+    expected = drift(*sets)
+    np.testing.assert_allclose(drift(*(scale * s for s in sets)) / scale, expected, rtol=1e-3)
+    assert np.isnan(drift(sets[0].at[0, 0].set(jnp.nan), *sets[1:])).any()
+
+
 def test_sets_far_apart_still_attract():
     """Weights of e^-100 and less, whose products have no float32."""
     x = jnp.asarray(X, jnp.float32)
