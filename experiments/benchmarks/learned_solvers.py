@@ -32,6 +32,8 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
+    if not config.runs:
+        raise ValueError("Give one run folder or more; got none.")
     rows = []
     for run in config.runs:
         path = run / f"learned_solver_{config.evaluations}.json"
@@ -52,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    heads = ["run", *next(iter(record["rows"]))["unseen_rms"], "factor", "Tsit5's", "pairs fitted"]
+    heads = ["run", *record["rows"][0]["unseen_rms"], "factor", "Tsit5's", "pairs fitted"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in record["rows"]:
         learnt, *usual, tsit5 = row["unseen_rms"].values()

@@ -97,12 +97,12 @@ def restore_params(folder: places.Folder, example: Any, *, average: bool = True)
     Raises:
       ValueError: if there is no checkpoint, or one of another network, whose leaves are named.
     """
-    if not folder.exists():
-        raise ValueError(
-            f"A run folder must hold a checkpoint; got {folder}, which does not exist. Train "
-            "first: the last line of an experiment names its run folder."
-        )
     if not (folder / "checkpoints").is_dir():
+        if not folder.exists():
+            raise ValueError(
+                f"A run folder must hold a checkpoint; got {folder}, which does not exist. Train "
+                "first: the last line of an experiment names its run folder."
+            )
         raise ValueError(
             f"A run folder must hold a checkpoint; got none in {folder}. Start its experiment "
             "again: it resumes and trains to the end."

@@ -33,8 +33,7 @@ from fmjax.tasks.flow_maps import (
     draw_in_few_steps,
     with_few_steps,
 )
-from fmjax.tasks.image_networks import check_beginning
-from fmjax.training.checkpoints import steps_in
+from fmjax.tasks.image_networks import check_beginning, has_begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def make_task(config: AdversaryConfig) -> Task:
       ValueError: for flags that can't work together; by what is read.
     """
     _check(config)
-    if config.known is None and config.generator is not None:
+    if config.generator is not None:
         check_beginning(config, places.as_path(config.generator), "--generator")
     pictures = images.open_images(config)
     model = images.make_network(config, pictures.num_classes)
@@ -103,7 +102,7 @@ def make_task(config: AdversaryConfig) -> Task:
 
     init_generator = functools.partial(images.init_params, model, pictures.event_shape)
     begun = None
-    if config.generator is not None and not _has_begun(config):
+    if config.generator is not None and not has_begun(config):
         example = jax.eval_shape(init_generator, jax.random.key(0))
         begun = restore_params(places.as_path(config.generator), example)[0]
 
@@ -144,13 +143,6 @@ def make_task(config: AdversaryConfig) -> Task:
     task = images.make_task(config, pictures, model, init, step, velocity_of=velocity_of)
     few = functools.partial(draw_in_few_steps, METHODS["mean_flow"], model)
     return with_few_steps(task, pictures, lambda params, *given: few(params["generator"], *given))
-
-
-def _has_begun(config: AdversaryConfig) -> bool:
-    """Whether the run has parameters of its own: it is finished, or resumes from a checkpoint."""
-    if config.known is not None:
-        return True
-    return config.workdir is not None and bool(steps_in(config.folder / "checkpoints"))
 
 
 def _adversarial(

@@ -13,6 +13,7 @@ from fmjax.harness import places
 from fmjax.harness.config import mesh
 from fmjax.models import cpu
 from fmjax.models import kernels as xla
+from fmjax.training.checkpoints import steps_in
 
 KERNELS = {"xla": xla.KERNELS, "cpu": cpu.KERNELS}
 PAID_BACK = 300  # steps, and fewer in every run whose compilation was measured
@@ -123,34 +124,49 @@ def check_network(config: Any, event_shape: tuple[int, ...] | None = None) -> No
         )
 
 
+def has_begun(config: Any) -> bool:
+    """Whether a run has parameters of its own: it is finished, or resumes from a checkpoint."""
+    if config.known is not None:
+        return True
+    return config.workdir is not None and bool(steps_in(config.folder / "checkpoints"))
+
+
 def check_beginning(config: Any, folder: places.Folder, flag: str) -> None:
     """Refuses to begin with the parameters of a run of another network.
 
     Args:
-      config: an `ImageConfig`.
-      folder: that run's. One without config.json is left to those who read its parameters.
+      config: an `ImageConfig`. A run that has begun needs nothing of the folder.
+      folder: that run's. One that is no image run is left to those who read its parameters.
       flag: which names it.
 
     Raises:
       ValueError: naming the flags that make the folder's network.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    if has_begun(config):
         return
-    theirs = json.loads(path.read_text()).get("config", {})
-    group = "dit" if theirs.get("network") == "dit" else "model"
-    ours = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    try:
+        theirs = json.loads((folder / "config.json").read_text())["config"]
+        theirs = {name: theirs[name] for name in ("network", "conditional", "model", "dit")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    wrong = _differing(theirs, json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    if wrong:
+        flags = " ".join(_as_flag(name, value) for name, value in wrong.items())
+        raise ValueError(
+            f"{flag} needs a run of the same network; got {folder}, which has {flags}. Give these."
+        )
+
+
+def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the first network that the second has not, with their values."""
+    group = "dit" if theirs["network"] == "dit" else "model"
     named = {name: (theirs[name], ours[name]) for name in ("network", "conditional")}
     named |= {
         f"{group}.{name}": (value, ours[group].get(name))
         for name, value in theirs[group].items()
         if name != "dropout"  # has no parameters
     }
-    if wrong := {name: value for name, (value, mine) in named.items() if value != mine}:
-        flags = " ".join(_as_flag(name, value) for name, value in wrong.items())
-        raise ValueError(
-            f"{flag} needs a run of the same network; got {folder}, which has {flags}. Give these."
-        )
+    return {name: value for name, (value, mine) in named.items() if value != mine}
 
 
 def _as_flag(name: str, value: Any) -> str:

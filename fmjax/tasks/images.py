@@ -101,7 +101,7 @@ def open_images(config: ImageConfig) -> Pictures:
     """
     check_conditions(config)
     check_network(config)
-    if config.known is None and config.init_from is not None:
+    if config.init_from is not None:
         check_beginning(config, places.as_path(config.init_from), "--init-from")
     pictures = Pictures(config)
     check_network(config, pictures.event_shape)

@@ -19,7 +19,7 @@ from fmjax import flow_maps, models
 from fmjax.evaluation import sample
 from fmjax.harness import keys, train
 from fmjax.harness.read import read
-from fmjax.tasks import adversaries
+from fmjax.tasks import adversaries, image_networks
 from fmjax.tasks.flow_map_methods import (
     LOWEST_ALPHA,
     METHODS,
@@ -284,6 +284,12 @@ def test_another_network_to_begin_with_is_named_by_its_flags(tmp_path):
         flow_map.make_task(usual)
     with pytest.raises(ValueError, match="--generator needs.*which has --conditional. Give"):
         made_adversary(generator=flow.folder, conditional=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_networks, "steps_in", lambda folder: [2])
+        flow_map.make_task(begun)  # a run that has begun needs nothing of it
+    record = flow.folder / "config.json"
+    record.write_text("{")  # for those who read the parameters to complain of
+    flow_map.make_task(dataclasses.replace(begun, workdir=tmp_path / "c"))
     dropped = dataclasses.replace(TINY, dropout=0.1)
     flow_map.make_task(dataclasses.replace(begun, model=dropped))
     nowhere = dataclasses.replace(begun, model=TINY, init_from=tmp_path / "nowhere")
