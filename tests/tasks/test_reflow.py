@@ -14,11 +14,12 @@ from etils import epath
 from made_runs import losses
 
 import fmjax as fm
-from experiments import learned_solver, reflow
+from experiments import flow_map, learned_solver, reflow
 from fmjax import flow_maps, harness
 from fmjax.harness.read import read
 from fmjax.harness.store import num_computed
 from fmjax.tasks import pairs
+from fmjax.tasks.images import UNetConfig
 
 NOWHERE = epath.Path("nowhere")
 FINE = diffrax.PIDController(rtol=1e-6, atol=1e-6)
@@ -119,3 +120,34 @@ def test_too_few_pairs_for_the_first_fit():
         learned_solver.main(learned_solver.Config(run=NOWHERE, num_pairs=30, num_held_out=2))
     with pytest.raises(ValueError, match="10 evaluations wants --num-pairs of 37 or more"):
         learned_solver.main(learned_solver.Config(run=NOWHERE, evaluations=10, num_pairs=36))
+
+
+@pytest.mark.slow
+def test_a_student_of_a_network_with_a_horizon_draws_by_eulers_steps(tmp_path):
+    """The pairs train its velocity, at no horizon: jumps over one are nobody's."""
+    flags: dict[str, Any] = dict(num_steps=2, batch_size=8, warmup_steps=0, checkpoint_every=2)
+    net = UNetConfig(channels=8, channel_multipliers=(1,), horizon=True, time_scale=16.0)
+    teacher = flow_map.Config(
+        workdir=tmp_path / "flow",
+        method="mean_flow",
+        model=net,
+        num_samples=10,
+        eval_examples=0,
+        preview_every=0,
+        learning_rate=0.1,
+        **flags,
+    )
+    harness.train(teacher, flow_map.make_task)
+    student = config(teacher.folder, tmp_path / "student", num_pairs=16, num_steps=2)
+    summary = harness.train(student, reflow.make_task)
+    assert (tmp_path / "student" / summary["few_steps"]).exists()
+    trained = read(student.folder)
+    samples, labels = trained.task.samples, np.arange(3, dtype=np.int32)
+    assert samples is not None and samples.jump is not None
+    x0, key = trained.source.sample(jax.random.key(0), 3), jax.random.key(1)
+    velocity: Any = trained.velocity(trained.params, labels)
+    got = samples.jump(trained.params, key, x0, labels, 2)
+    half = x0 + velocity(jnp.zeros(()), x0) / 2
+    np.testing.assert_allclose(got, half + velocity(jnp.array(0.5), half) / 2, atol=1e-5)
+    over = x0 + velocity(jnp.zeros(()), x0, horizon=jnp.array(0.5)) / 2
+    assert np.abs(over - half).max() > 1e-3
