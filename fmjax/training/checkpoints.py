@@ -85,7 +85,8 @@ def open_manager(
     if keep_every is not None:
         policy = kept.AnyPreservationPolicy([policy, kept.EveryNSteps(keep_every)])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-    return stored.Manager(path, options=options, item_names=("state", "record"))
+    names = ("state", "record")
+    return stored.listed(lambda: stored.Manager(path, options=options, item_names=names))
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:

@@ -56,6 +56,9 @@ class Manager(ocp.CheckpointManager):
 
     _failed: CheckpointSaveError | None = None
 
+    def reload(self) -> None:
+        listed(super().reload)
+
     def wait_until_finished(self) -> None:
         step = self.latest_step()  # the one in progress, if any is
         try:
@@ -75,6 +78,17 @@ class Manager(ocp.CheckpointManager):
                 self._failed = self._failed or _save_error(self, step, error)
         if self._failed is not None and not told:
             raise self._failed
+
+
+def listed(look: Callable[[], T], tries: int = 5) -> T:
+    """What `look` returns, which lists a folder's checkpoints and looks into each.
+
+    A run that is still there makes room for later ones: what has gone meanwhile is listed no more.
+    """
+    for _ in range(tries - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return look()
+    return look()
 
 
 def write(manager: ocp.CheckpointManager, step: int, state: Any, config: Any) -> None:

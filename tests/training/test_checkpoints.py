@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from oracles import jit
@@ -185,6 +187,34 @@ def test_restore_refuses_an_empty_folder(tmp_path):
         for restore in (checkpoints.restore, checkpoints.restore_params):
             with pytest.raises(ValueError, match="must hold a checkpoint; got none"):
                 restore(manager, init(KEY))
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_a_checkpoint_that_goes_while_they_are_listed_is_listed_no_more(
+    tmp_path, monkeypatch, reloads
+):
+    """A run that is still there makes room: first for what Orbax looks at a folder's age by."""
+    with checkpoints.open_manager(tmp_path) as manager:
+        for step in (1, 2):
+            checkpoints.save(manager, make_state(jnp.ones(2), step=step), {}, wait=True)
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    age = ocp.path.step.Metadata.commit_timestamp.fget
+
+    def found(metadata):
+        if metadata.step == 1:
+            shutil.rmtree(metadata.path)
+        return age(metadata)
+
+    def make_room():
+        monkeypatch.setattr(ocp.path.step.Metadata, "commit_timestamp", property(found))
+
+    if not reloads:
+        make_room()
+    with checkpoints.open_manager(tmp_path) as manager:
+        if reloads:
+            make_room()
+            manager.reload()
+        assert manager.all_steps() == [2]
 
 
 def round_trip(state):
