@@ -2,9 +2,13 @@
 
 The cache is shared by the workers and by the processes that tests start, and goes when they have
 ended. It holds every program, small ones too: many tests compile the same ones.
+
+A worker keeps what its tests have traced, millions of objects, which are not looked through for
+garbage again: `fmjax.harness` collects it at the end of every command.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -20,3 +24,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A GPU would round the factors of float32 products to ten bits, which no closed form survives.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()

@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 
+import nbformat
 import pytest
 
 from experiments.site import links
@@ -93,7 +94,7 @@ def build(out, *flags):
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path, capsys):
-    """With the stored outputs of the notebooks; .ci/run builds it with new ones."""
+    """With the stored outputs of the notebooks."""
     for module in ("pdoc", "nbconvert", "markdown_it"):
         pytest.importorskip(module)
     build(tmp_path / "site", "--no-execute")
@@ -126,3 +127,14 @@ def test_the_site_builds(tmp_path, capsys):
         build(tmp_path, "--no-execute")
     assert "holds other files, which stay" in capsys.readouterr().err
     assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.slow
+def test_a_notebook_is_run_from_the_root_of_the_repository():
+    pytest.importorskip("nbconvert")
+    from experiments.site import notebooks
+
+    cell = nbformat.v4.new_code_cell("import pathlib; print(pathlib.Path.cwd())")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    notebooks.run(notebook)
+    assert notebook.cells[0].outputs[0].text == f"{ROOT}\n"
