@@ -1,9 +1,10 @@
-"""Quality against cost: the same noise sent through several solvers, 4 to 200 evaluations.
+"""Quality against cost: the same noise sent through several solvers, 1 to 200 evaluations.
 
 Each point is one way to solve: a solver with so many equal steps, or an adaptive one at a
 tolerance. Its cost is the true number of evaluations of the network; its quality is measured on the
 samples, and so is their distance from the exact flow, the root mean square over all coordinates,
-which is the solver's own error. What counts as exact is Tsit5 at a tenth of the smallest tolerance
+which is the solver's own error. A flow map also draws by its own jumps, whose distance is from the
+flow of its own velocity. What counts as exact is Tsit5 at a tenth of the smallest tolerance
 asked for (1e-6 in the plane): distances that have become level with its own error fall no further.
 """
 
@@ -59,8 +60,9 @@ def measure(
         how = f"{way.num_steps}_steps" if way.num_steps else f"tolerance_{way.tolerance!r}"
         name = f"seed_{seed}_{way.solver}_{how}"
         return drawing.batches(
-            solve, way, store, name, key, source, batch_size, num, trained.condition
-        )
+            solve, way, store, name, key, source, batch_size, num, trained.condition,
+            key_jumps=keys.key(seed, "jumps"),
+        )  # fmt: skip
 
     exact = drawing.Way("Tsit5", tolerance=tight)
     found = {way: samples(way) for way in (exact, *points)}
@@ -89,6 +91,14 @@ def _rows(
     return rows
 
 
+def ways(config: Config, trained: Trained) -> list[drawing.Way]:
+    """Solvers at the evaluations and tolerances that the flags name, and a flow map's own jumps."""
+    found = drawing.ways(config.curve_evaluations, config.curve_tolerances)
+    if drawing.can_jump(trained):
+        found += [drawing.Way(drawing.JUMPS, num_steps=n) for n in sorted({*config.curve_jumps})]
+    return found
+
+
 def draw(
     config: Config,
     trained: Trained,
@@ -106,7 +116,7 @@ def draw(
         Store(folder, "curve", base),
         config.batch_size,
         config.curve_examples,
-        drawing.ways(config.curve_evaluations, config.curve_tolerances),
+        ways(config, trained),
         quality,
         seed=config.seeds[0],
         tight=tight,

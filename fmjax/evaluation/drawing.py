@@ -22,16 +22,19 @@ SOLVERS = {
     "Dopri5": (diffrax.Dopri5(), 6, 1),
 }
 ADAPTIVE = ("Heun", "Tsit5", "Dopri5")
+JUMPS = "jumps"  # instead of a solver: an average velocity's own way
 
 
 class Way(NamedTuple):
-    """A way to solve: in `num_steps` equal steps, or adaptively at `tolerance`."""
+    """A way to solve: in `num_steps` equal steps or jumps, or adaptively at `tolerance`."""
 
     solver: str
     num_steps: int | None = None
     tolerance: float | None = None
 
     def __str__(self) -> str:
+        if self.solver == JUMPS:
+            return f"{self.num_steps} {'jump' if self.num_steps == 1 else 'jumps'}"
         steps = f"{self.num_steps} equal steps"
         return f"{self.solver}, {steps if self.num_steps else f'tolerance {self.tolerance:g}'}"
 
@@ -44,7 +47,7 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-Solve = Callable[[Way, jax.Array, Any], tuple[jax.Array, jax.Array]]
+Solve = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
@@ -57,14 +60,19 @@ def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
 
 
 def make_solve(trained: Trained) -> Solve:
-    """`(way, x0, condition) -> (x1, num_evaluations)`, compiled once per solver and steps."""
+    """`(way, x0, condition, each) -> (x1, num_evaluations)`, compiled once per solver and steps.
+
+    Jumps need `each`, a key for every sample `[num]`: nothing depends on what else is in a batch.
+    """
     compiled: dict[Any, Any] = {}
 
-    def solve(way: Way, x0: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
+    def solve(way: Way, x0: jax.Array, condition: Any, each: Any = None) -> tuple[Any, Any]:
         key = (way.solver, way.num_steps)
         if key not in compiled:
-            compiled[key] = jax.jit(_solve_fn(trained, *key))
-        return compiled[key](trained.params, x0, condition, way.tolerance)
+            made = _jump_fn if way.solver == JUMPS else _solve_fn
+            compiled[key] = jax.jit(made(trained, *key))
+        last = each if way.solver == JUMPS else way.tolerance
+        return compiled[key](trained.params, x0, condition, last)
 
     return solve
 
@@ -84,33 +92,50 @@ def _solve_fn(trained: Trained, solver: str, num_steps: int | None) -> Callable[
     return solve
 
 
-def make_jump(trained: Trained, num_steps: int) -> Callable[..., jax.Array]:
-    """`(keys, x0, condition) -> x1`, the run's own way to draw in so few evaluations, compiled.
-
-    A key, `[num]`, is one sample's, so that nothing depends on what else is in its batch.
-
-    Raises:
-      ValueError: if the run has no such way, or is guided.
-    """
+def can_jump(trained: Trained) -> bool:
+    """Whether a run draws in few evaluations by a way of its own, and is asked for no guidance."""
     samples = trained.task.samples
-    if samples is None or samples.jump is None:
-        raise ValueError(
-            f"Jumps need an average velocity; got a run of {trained.name}, a velocity alone. "
-            "Take a solver."
-        )
+    return samples is not None and samples.jump is not None and trained.guidance == 1
+
+
+def check_jumps(trained: Trained) -> None:
+    """
+    Raises:
+      ValueError: if the run has no way of its own to draw in few evaluations, or is guided.
+    """
+    if can_jump(trained):
+        return
     if trained.guidance != 1:
         raise ValueError(
             "Guidance is of a velocity, and an average velocity jumps without; got a scale of "
             f"{trained.guidance}. Take 1, or a solver."
         )
+    raise ValueError(
+        f"Jumps need an average velocity; got a run of {trained.name}, a velocity alone. Take a "
+        "solver."
+    )
+
+
+def _jump_fn(trained: Trained, _: str, num_steps: int | None) -> Callable[..., Any]:
+    check_jumps(trained)
+    samples = trained.task.samples
+    assert samples is not None and samples.jump is not None and num_steps is not None
     jump = samples.jump
 
-    def one(params: Any, key: jax.Array, x0: jax.Array, condition: Any) -> jax.Array:
+    def one(params: Any, x0: jax.Array, condition: Any, key: jax.Array) -> jax.Array:
         x0, condition = jax.tree.map(lambda x: x[None], (x0, condition))
         return jump(params, key, x0, condition, num_steps)[0]
 
-    every = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
-    return functools.partial(every, trained.params)
+    def every(params: Any, x0: jax.Array, condition: Any, each: jax.Array) -> tuple[Any, Any]:
+        return jax.vmap(one, in_axes=(None, 0, 0, 0))(params, x0, condition, each), num_steps
+
+    return every
+
+
+@jax.jit
+def keys_of(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """A key for each row, whatever else is in its batch."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def batches(
@@ -124,6 +149,7 @@ def batches(
     num: int,
     condition: Callable[[np.ndarray], Any],
     finish: Callable[[np.ndarray], np.ndarray] = lambda x1: x1,
+    key_jumps: jax.Array | None = None,
 ) -> list[Batch]:
     """The batches of `num` samples, to be solved by the processes of a pod; `joined` reads them.
 
@@ -138,6 +164,7 @@ def batches(
       num: how many; the last batch is drawn in full and cut.
       condition: that of the samples of these numbers, `Trained.condition`.
       finish: what is done to a batch before it is stored, quantising for instance.
+      key_jumps: of the noise on the way of jumps; sample k draws from fold_in(key_jumps, k).
 
     Returns:
       One for each `batch_size` samples, their arrays "x1" and "num_evaluations".
@@ -146,7 +173,8 @@ def batches(
     def batch(i: int) -> dict[str, np.ndarray]:
         x0 = source.sample(jax.random.fold_in(key, i), batch_size)
         rows = np.arange(i * batch_size, (i + 1) * batch_size)
-        x1, evaluations = solve(way, *put((x0, condition(rows))))
+        each = keys_of(key_jumps, rows) if way.solver == JUMPS else None
+        x1, evaluations = solve(way, *put((x0, condition(rows))), each)
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
     return [

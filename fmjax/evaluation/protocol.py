@@ -56,6 +56,8 @@ class Config:
     """Samples per point of the curve of quality against evaluations, 500 say; 0 for no curve."""
     curve_evaluations: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 200)
     """Evaluations of the solvers with equal steps."""
+    curve_jumps: tuple[int, ...] = (1, 2, 4, 8)
+    """Evaluations of a flow map's own jumps, unguided; other runs have none."""
     curve_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
     """Tolerances of the adaptive solvers."""
     cluster: ClusterConfig = ClusterConfig()

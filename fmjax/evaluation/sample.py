@@ -132,7 +132,7 @@ def _check(config: Config) -> None:
     )
     check_seeds("seed", [config.seed])
     sharding.check_batch_size(config.batch_size, jax.local_device_count())
-    if config.num_steps is None and config.solver == "jumps":
+    if config.num_steps is None and config.solver == drawing.JUMPS:
         raise ValueError("--solver jumps needs their number: give --num-steps, 1 for instance.")
     if config.num_steps is None and config.solver not in drawing.ADAPTIVE:
         raise ValueError(
@@ -212,17 +212,12 @@ def _batches(
     adaptive = None if config.num_steps else config.tolerance
     way = drawing.Way(config.solver, num_steps=config.num_steps, tolerance=adaptive)
     size = min(config.batch_size, config.num)
-    integrate, jump = drawing.make_solve(trained), None
-    if config.solver == "jumps":
-        assert config.num_steps is not None  # _check
-        jump = drawing.make_jump(trained, config.num_steps)
+    solve = drawing.make_solve(trained)
+    if config.solver == drawing.JUMPS:
+        drawing.check_jumps(trained)
     settings = {"parameters": trained.digest, "seed": config.seed, "way": list(way), "size": size}
     store = Store(drawn, "batches", settings | {"guidance": config.guidance})
     given = _given(config, samples)
-
-    @jax.jit
-    def keys_of(key: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
     @jax.jit
     def noise(each: jax.Array) -> jax.Array:
@@ -240,11 +235,9 @@ def _batches(
         name = f"batch_{i:06d}" + ("" if told is None else f"_{digests.hash_tree(told)[:8]}")
 
         def compute() -> Arrays:
-            x0 = np.asarray(noise(keys_of(keys.key(config.seed, "drawn"), rows)))
-            if jump is None:
-                x1, _ = integrate(way, *put((x0, told)))
-            else:
-                x1 = jump(keys_of(keys.key(config.seed, "jumps"), rows), *put((x0, told)))
+            x0 = np.asarray(noise(drawing.keys_of(keys.key(config.seed, "drawn"), rows)))
+            each = drawing.keys_of(keys.key(config.seed, "jumps"), rows)
+            x1, _ = solve(way, *put((x0, told)), each)
             return {"x1": np.asarray(x1)}
 
         return Batch(store, name, compute, "samples")

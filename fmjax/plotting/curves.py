@@ -102,7 +102,7 @@ def cost_curve(rows: Sequence[Mapping[str, Any]], *, label: str) -> np.ndarray:
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="evaluations of the network")
-        axes.xaxis.set_major_locator(FixedLocator([4, 8, 16, 32, 64, 128, 256]))
+        axes.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16, 32, 64, 128, 256]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,6 +153,7 @@ def _draw_solvers(left: Axes, right: Axes, points: Sequence[Mapping[str, Any]]) 
             look: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
             look |= {"marker": "o", "linestyle": "--" if adaptive else "-"}
             look |= {"markerfacecolor": "white" if adaptive else colour}
-            kind = "adaptive" if adaptive else "equal steps"
+            label = f"{solver}, {'adaptive' if adaptive else 'equal steps'}"
+            label = solver if solver == "jumps" else label
             left.plot(cost, [row["quality"] for row in found], **look)
-            right.plot(cost, [row["error_rms"] for row in found], label=f"{solver}, {kind}", **look)
+            right.plot(cost, [row["error_rms"] for row in found], label=label, **look)
