@@ -36,23 +36,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = {"conditional": False, "guidance": 1.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """What one evaluation compiles, the next ones and the killed processes read from disk."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, compiled):
+def folders(tmp_path_factory):
     """A run of digits, one of two moons and an encoder, all untrained."""
     folder = tmp_path_factory.mktemp("runs")
     unet = UNetConfig(channels=8, channel_multipliers=(1,), num_res_blocks=1)
@@ -182,7 +167,7 @@ def test_nothing_is_computed_twice(folders, evaluated):
     )
 
 
-def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
+def test_a_killed_evaluation_goes_on(folders, evaluated):
     _, result = evaluated
     run = shutil.copytree(folders / "digits", folders / "killed")
     settings = config(folders, run)
@@ -192,7 +177,7 @@ def test_a_killed_evaluation_goes_on(folders, evaluated, compiled):
         flags.append(f"--{name.replace('_', '-')}={getattr(settings, name)}")
     flags += ["--curve-examples=100", "--seeds", "0", "1", "--curve-evaluations", "4"]
     flags += ["--curve-tolerances", "0.1"]
-    environment = os.environ | compiled | {"JAX_NUM_CPU_DEVICES": "8"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-m", "experiments.evaluate", str(run), *flags]
     kills = 0
     for wanted in (3, 9):  # in the likelihood, then among the samples

@@ -52,9 +52,7 @@ def test_a_run_of_each_method_goes_on_from_a_flow(tmp_path, name):
     flow = flow_map.Config(workdir=tmp_path / "flow", method="flow_matching", **SMALL)
     train(flow, flow_map.make_task)
     config = dataclasses.replace(flow, workdir=tmp_path / name, method=name, init_from=flow.workdir)
-    summary = train(dataclasses.replace(config, num_samples=10), flow_map.make_task)
-    assert (tmp_path / name / summary["few_steps"]).exists()
-    check_jumps(config.folder, tmp_path / "drawn")
+    train(config, flow_map.make_task)
     trained = read(config.folder)
     t, x, labels = jnp.full(3, 0.4), jnp.ones((3, 8, 8, 1)), jnp.arange(3)
     average = average_velocity_of(network_of(trained), trained.params, labels)
@@ -62,8 +60,15 @@ def test_a_run_of_each_method_goes_on_from_a_flow(tmp_path, name):
     np.testing.assert_allclose(average(t, t, x), u, rtol=1e-5, atol=1e-6)
 
 
-def check_jumps(folder, out):
-    """Samples by the method's own way, which are theirs alone whatever is drawn beside them."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean_flow", "consistency"])
+def test_samples_by_a_methods_own_way_are_theirs_alone_whatever_is_drawn_beside_them(
+    tmp_path, name
+):
+    flags = {"workdir": tmp_path / "run", "method": name, **SMALL, "num_samples": 10}
+    summary = train(flow_map.Config(**flags), flow_map.make_task)
+    folder, out = tmp_path / "run", tmp_path / "drawn"
+    assert (folder / summary["few_steps"]).exists()
     found = {}
     for num, size in ((20, 16), (5, 8)):
         flags = {"num": num, "batch_size": size, "out": out / f"{num}.npz", "format": "npz"}
