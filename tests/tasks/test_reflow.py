@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
-from made_runs import losses
+from made_runs import losses, untrained
 
 import fmjax as fm
 from experiments import flow_map, learned_solver, reflow
@@ -125,29 +125,20 @@ def test_too_few_pairs_for_the_first_fit():
 @pytest.mark.slow
 def test_a_student_of_a_network_with_a_horizon_draws_by_eulers_steps(tmp_path):
     """The pairs train its velocity, at no horizon: jumps over one are nobody's."""
-    flags: dict[str, Any] = dict(num_steps=2, batch_size=8, warmup_steps=0, checkpoint_every=2)
-    net = UNetConfig(channels=8, channel_multipliers=(1,), horizon=True, time_scale=16.0)
-    teacher = flow_map.Config(
-        workdir=tmp_path / "flow",
-        method="mean_flow",
-        model=net,
-        num_samples=10,
-        eval_examples=0,
-        preview_every=0,
-        learning_rate=0.1,
-        **flags,
-    )
-    harness.train(teacher, flow_map.make_task)
-    student = config(teacher.folder, tmp_path / "student", num_pairs=16, num_steps=2)
+    net = UNetConfig(8, (1,), num_res_blocks=1, horizon=True, time_scale=16.0)
+    teacher = flow_map.Config(workdir=tmp_path / "flow", model=net, num_samples=10, eval_examples=0)
+    untrained(teacher, flow_map.make_task)
+    flags: dict[str, Any] = {"num_pairs": 16, "num_steps": 2, "pair_tolerance": 1e-2}
+    student = config(teacher.folder, tmp_path / "student", **flags)
     summary = harness.train(student, reflow.make_task)
     assert (tmp_path / "student" / summary["few_steps"]).exists()
     trained = read(student.folder)
     samples, labels = trained.task.samples, np.arange(3, dtype=np.int32)
     assert samples is not None and samples.jump is not None
     x0, key = trained.source.sample(jax.random.key(0), 3), jax.random.key(1)
-    velocity: Any = trained.velocity(trained.params, labels)
-    got = samples.jump(trained.params, key, x0, labels, 2)
+    velocity: Any = jax.jit(trained.velocity(trained.params, labels))
+    got = jax.jit(samples.jump, static_argnums=4)(trained.params, key, x0, labels, 2)
     half = x0 + velocity(jnp.zeros(()), x0) / 2
     np.testing.assert_allclose(got, half + velocity(jnp.array(0.5), half) / 2, atol=1e-5)
     over = x0 + velocity(jnp.zeros(()), x0, horizon=jnp.array(0.5)) / 2
-    assert np.abs(over - half).max() > 1e-3
+    assert np.abs(over - half).max() > 1e-4
