@@ -85,8 +85,7 @@ def open_manager(
     if keep_every is not None:
         policy = kept.AnyPreservationPolicy([policy, kept.EveryNSteps(keep_every)])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-    names = ("state", "record")
-    return stored.listed(lambda: stored.Manager(path, options=options, item_names=names))
+    return stored.Manager(path, options=options, item_names=("state", "record"))
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:

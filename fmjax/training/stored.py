@@ -56,8 +56,15 @@ class Manager(ocp.CheckpointManager):
 
     _failed: CheckpointSaveError | None = None
 
-    def reload(self) -> None:
-        listed(super().reload)
+    def _load_checkpoint_infos(self, *args: Any, **kwargs: Any) -> Any:
+        """Orbax's list. A run that is still there makes room: what has gone is listed no more.
+
+        Opening and reloading begin with it; no process waits for another in it.
+        """
+        for _ in range(4):
+            with contextlib.suppress(FileNotFoundError):
+                return super()._load_checkpoint_infos(*args, **kwargs)
+        return super()._load_checkpoint_infos(*args, **kwargs)
 
     def wait_until_finished(self) -> None:
         step = self.latest_step()  # the one in progress, if any is
@@ -78,17 +85,6 @@ class Manager(ocp.CheckpointManager):
                 self._failed = self._failed or _save_error(self, step, error)
         if self._failed is not None and not told:
             raise self._failed
-
-
-def listed(look: Callable[[], T], tries: int = 5) -> T:
-    """What `look` returns, which lists a folder's checkpoints and looks into each.
-
-    A run that is still there makes room for later ones: what has gone meanwhile is listed no more.
-    """
-    for _ in range(tries - 1):
-        with contextlib.suppress(FileNotFoundError):
-            return look()
-    return look()
 
 
 def write(manager: ocp.CheckpointManager, step: int, state: Any, config: Any) -> None:
