@@ -4,7 +4,7 @@ The cache is shared by the workers and by the processes that tests start, and go
 ended. It holds every program, small ones too: many tests compile the same ones.
 
 A worker keeps what its tests have traced, millions of objects, which are not looked through for
-garbage again: `fmjax.harness` collects it at the end of every command.
+garbage again: a command of `fmjax.harness` calls `gc.collect()` at its end.
 """
 
 import atexit
@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker inherits its paren
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -26,6 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.hookimpl(trylast=True)  # when the file's fixtures are gone
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path:
         gc.collect()

@@ -1,11 +1,14 @@
-"""Quality against cost: the same noise sent through several solvers, 1 to 200 evaluations.
+"""Quality against cost: the same noise sent through several solvers, 4 to 200 evaluations.
 
 Each point is one way to solve: a solver with so many equal steps, or an adaptive one at a
 tolerance. Its cost is the true number of evaluations of the network; its quality is measured on the
 samples, and so is their distance from the exact flow, the root mean square over all coordinates,
-which is the solver's own error. A flow map also draws by its own jumps, whose distance is from the
-flow of its own velocity. What counts as exact is Tsit5 at a tenth of the smallest tolerance
+which is the solver's own error. What counts as exact is Tsit5 at a tenth of the smallest tolerance
 asked for (1e-6 in the plane): distances that have become level with its own error fall no further.
+
+A flow map also draws by its own jumps, from one evaluation on, whose distance is from the flow of
+its velocity. Of the consistency method, whose network is no velocity and whose jumps take fresh
+noise on the way, it says nothing.
 """
 
 import pathlib
@@ -92,7 +95,7 @@ def _rows(
 
 
 def ways(config: Config, trained: Trained) -> list[drawing.Way]:
-    """Solvers at the evaluations and tolerances that the flags name, and a flow map's own jumps."""
+    """Solvers at the evaluations and tolerances that the flags name, and a run's own way."""
     found = drawing.ways(config.curve_evaluations, config.curve_tolerances)
     if drawing.can_jump(trained):
         found += [drawing.Way(drawing.JUMPS, num_steps=n) for n in sorted({*config.curve_jumps})]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import diffrax
 import jax
@@ -22,7 +22,7 @@ SOLVERS = {
     "Dopri5": (diffrax.Dopri5(), 6, 1),
 }
 ADAPTIVE = ("Heun", "Tsit5", "Dopri5")
-JUMPS = "jumps"  # instead of a solver: an average velocity's own way
+JUMPS = "jumps"  # instead of a solver: the run's own way, `Samples.jump`
 
 
 class Way(NamedTuple):
@@ -47,7 +47,12 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-Solve = Callable[..., tuple[jax.Array, jax.Array]]
+class Solve(Protocol):
+    """`(way, x0, condition, each=None) -> (x1, num_evaluations)`, from `make_solve`."""
+
+    def __call__(
+        self, way: Way, x0: jax.Array, condition: Any, each: Any = None
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
@@ -60,7 +65,7 @@ def ways(evaluations: Sequence[int], tolerances: Sequence[float]) -> list[Way]:
 
 
 def make_solve(trained: Trained) -> Solve:
-    """`(way, x0, condition, each) -> (x1, num_evaluations)`, compiled once per solver and steps.
+    """Solves a trained run's flow, compiled once per solver and steps.
 
     Jumps need `each`, a key for every sample `[num]`: nothing depends on what else is in a batch.
     """
@@ -99,20 +104,21 @@ def can_jump(trained: Trained) -> bool:
 
 
 def check_jumps(trained: Trained) -> None:
-    """
+    """Refuses jumps of a run that can't.
+
     Raises:
-      ValueError: if the run has no way of its own to draw in few evaluations, or is guided.
+      ValueError: if it has no way of its own to draw in few evaluations, or is guided.
     """
     if can_jump(trained):
         return
-    if trained.guidance != 1:
+    if trained.task.samples is None or trained.task.samples.jump is None:
         raise ValueError(
-            "Guidance is of a velocity, and an average velocity jumps without; got a scale of "
-            f"{trained.guidance}. Take 1, or a solver."
+            f"Jumps need an average velocity; got a run of {trained.name}, a velocity alone. Take "
+            "a solver."
         )
     raise ValueError(
-        f"Jumps need an average velocity; got a run of {trained.name}, a velocity alone. Take a "
-        "solver."
+        "Guidance is of a velocity, and an average velocity jumps without; got a scale of "
+        f"{trained.guidance}. Take 1, or a solver."
     )
 
 
@@ -164,7 +170,8 @@ def batches(
       num: how many; the last batch is drawn in full and cut.
       condition: that of the samples of these numbers, `Trained.condition`.
       finish: what is done to a batch before it is stored, quantising for instance.
-      key_jumps: of the noise on the way of jumps; sample k draws from fold_in(key_jumps, k).
+      key_jumps: of the noise on the way of jumps, which need one; sample k draws from
+        fold_in(key_jumps, k).
 
     Returns:
       One for each `batch_size` samples, their arrays "x1" and "num_evaluations".
@@ -173,8 +180,8 @@ def batches(
     def batch(i: int) -> dict[str, np.ndarray]:
         x0 = source.sample(jax.random.fold_in(key, i), batch_size)
         rows = np.arange(i * batch_size, (i + 1) * batch_size)
-        each = keys_of(key_jumps, rows) if way.solver == JUMPS else None
-        x1, evaluations = solve(way, *put((x0, condition(rows))), each)
+        each = None if key_jumps is None else keys_of(key_jumps, rows)
+        x1, evaluations = solve(way, *put((x0, condition(rows))), each=each)
         return {"x1": finish(np.asarray(x1)), "num_evaluations": np.asarray(evaluations)}
 
     return [

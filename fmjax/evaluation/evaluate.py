@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax.evaluation import protocol, report
+from fmjax.evaluation import drawing, protocol, report
 from fmjax.evaluation.errors import standard_error
 from fmjax.evaluation.protocol import Config as Config
 from fmjax.harness import keys, places
@@ -33,6 +33,8 @@ def main(config: Config) -> dict[str, Any]:
     protocol.check(config)
     config = dataclasses.replace(config, run=places.as_path(config.run))
     trained = read(config.run, average=config.average, guidance=config.guidance)
+    if config.curve_jumps != Config.curve_jumps:
+        drawing.check_jumps(trained)
     check_data(trained)
     address = config.run / "evaluation"
     with places.at_hand(address) as folder, writing(folder, lambda: "what is computed stays"):

@@ -8,7 +8,7 @@ import tyro
 from etils import epath
 
 from fmjax import data
-from fmjax.evaluation import judging
+from fmjax.evaluation import drawing, judging
 from fmjax.harness.bounds import check_numbers, check_seeds
 from fmjax.harness.config import flags
 from fmjax.harness.pods.cluster import ClusterConfig
@@ -57,7 +57,8 @@ class Config:
     curve_evaluations: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 200)
     """Evaluations of the solvers with equal steps."""
     curve_jumps: tuple[int, ...] = (1, 2, 4, 8)
-    """Evaluations of a flow map's own jumps, unguided; other runs have none."""
+    """Evaluations by the run's own way, unguided: a flow map's jumps, Euler's steps of a student of
+    reflow. Other runs have none."""
     curve_tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
     """Tolerances of the adaptive solvers."""
     cluster: ClusterConfig = ClusterConfig()
@@ -82,7 +83,8 @@ def identity(model: Trained, config: Config) -> dict[str, Any]:
 
 def record(config: Config, model: Trained, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """How the figures were made: flags that count, parameters, device and versions."""
-    unused = ("run", "cluster", *leave_out)
+    jumps = () if drawing.can_jump(model) else ("curve_jumps",)
+    unused = ("run", "cluster", *leave_out, *jumps)
     asked = {name: value for name, value in flags(config).items() if name not in unused}
     return {
         "experiment": model.name,

@@ -237,7 +237,7 @@ def _batches(
         def compute() -> Arrays:
             x0 = np.asarray(noise(drawing.keys_of(keys.key(config.seed, "drawn"), rows)))
             each = drawing.keys_of(keys.key(config.seed, "jumps"), rows)
-            x1, _ = solve(way, *put((x0, told)), each)
+            x1, _ = solve(way, *put((x0, told)), each=each)
             return {"x1": np.asarray(x1)}
 
         return Batch(store, name, compute, "samples")

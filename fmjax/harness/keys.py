@@ -18,7 +18,7 @@ PURPOSES = {
     "curve": 7,  # the noise that all solvers share
     "drawn": 8,  # of the command that draws; sample k folds k in
     "pairs": 9,  # the noise of a teacher's pairs; pair k folds k in
-    "jumps": 10,  # of the command that draws: noise on the way of sample k, which folds k in
+    "jumps": 10,  # noise on the way of sample k, which folds k in
 }
 
 

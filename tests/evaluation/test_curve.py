@@ -1,5 +1,7 @@
 """Quality against cost: which ways stand in the curve of a run, and what a flow map's jumps are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from made_runs import untrained
 
 import fmjax as fm
 from experiments import digits, flow_map
-from fmjax.evaluation import curve
+from fmjax.evaluation import curve, evaluate, protocol
 from fmjax.evaluation.drawing import JUMPS, Way
 from fmjax.evaluation.protocol import Config
 from fmjax.harness import keys
@@ -63,4 +65,10 @@ def test_a_curve_has_jumps_where_a_run_has_and_is_not_guided(tmp_path):
     assert [str(way) for way in jumps] == ["1 jump", "2 jumps"]
     plain = digits.Config(workdir=tmp_path / "digits", model=UNetConfig(**UNET))
     untrained(plain, digits.make_task)
-    assert curve.ways(settings, read(plain.folder)) == solvers
+    velocity = read(plain.folder)
+    assert curve.ways(settings, velocity) == solvers
+    for run in (velocity, read(config.folder, guidance=2.0)):
+        assert "curve_jumps" not in protocol.record(settings, run)["flags"]
+    assert protocol.record(settings, read(config.folder))["flags"]["curve_jumps"] == [2, 1]
+    with pytest.raises(ValueError, match="a run of digits, a velocity alone"):
+        evaluate.main(dataclasses.replace(settings, run=plain.folder, guidance=1.0))

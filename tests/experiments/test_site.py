@@ -131,6 +131,7 @@ def test_the_site_builds(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_notebook_is_run_from_the_root_of_the_repository():
+    """What the site does to each; `test_readme` runs all of them."""
     pytest.importorskip("nbconvert")
     from experiments.site import notebooks
 

@@ -167,7 +167,8 @@ def test_the_cost_curve_has_a_line_for_each_solver(figures):
         }
 
     rows = [row("Euler", 16, 16, 0.2), row("Euler", 8, 8, 0.4), row("Tsit5", None, 40, 0.01)]
-    rows += [row("Ralston", 9, 18, 0.1), row("Tsit5", None, 90, 0.0)]
+    rows += [row("Ralston", 9, 18, 0.1), row("jumps", 2, 2, 0.3)]
+    rows += [row("Tsit5", None, 90, 0.0)]
     plotting.cost_curve(rows, label="distance")
     left, right = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
@@ -175,6 +176,7 @@ def test_the_cost_curve_has_a_line_for_each_solver(figures):
         "Euler, equal steps": [[8, 0.4], [16, 0.2]],
         "Tsit5, adaptive": [[40, 0.01]],
         "Ralston, equal steps": [[18, 0.1]],
+        "jumps": [[2, 0.3]],
     }
     np.testing.assert_allclose(left.lines[0].get_ydata(), [0.5, 0.3])
     assert left.lines[-1].get_ydata()[0] == 0.1  # the exact flow
